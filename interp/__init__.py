@@ -1,0 +1,64 @@
+"""Trace, probe and intervene on text-to-image diffusion pipelines.
+
+Importing `interp` loads neither torch nor diffusers: each name below is imported from its home when it is
+first used (PEP 562), so that `interp.stores` and `interp.probes` stay light on machines without a GPU.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "interp.loading",
+    "sites": "interp.catalog",
+    "plan": "interp.planning",
+    "Plan": "interp.planning",
+    "trace": "interp.tracing",
+    "record": "interp.recording",
+    "Capture": "interp.capture",
+    "HookRegistry": "interp.hooks",
+    "At": "interp.hooks",
+    "score": "interp.scoring",
+    "Intervention": "interp.interventions",
+    "RemoveText": "interp.interventions",
+    "RemoveGuidance": "interp.interventions",
+    "ReplaceEOS": "interp.interventions",
+    "ReplacePrompt": "interp.interventions",
+    "InterpError": "interp.errors",
+    "open_run": "interp.stores",
+    "Run": "interp.stores",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from interp.capture import Capture as Capture
+    from interp.catalog import sites as sites
+    from interp.errors import InterpError as InterpError
+    from interp.hooks import At as At
+    from interp.hooks import HookRegistry as HookRegistry
+    from interp.interventions import Intervention as Intervention
+    from interp.interventions import RemoveGuidance as RemoveGuidance
+    from interp.interventions import RemoveText as RemoveText
+    from interp.interventions import ReplaceEOS as ReplaceEOS
+    from interp.interventions import ReplacePrompt as ReplacePrompt
+    from interp.loading import load as load
+    from interp.planning import Plan as Plan
+    from interp.planning import plan as plan
+    from interp.recording import record as record
+    from interp.scoring import score as score
+    from interp.stores import Run as Run
+    from interp.stores import open_run as open_run
+    from interp.tracing import trace as trace
+else:
+
+    def __getattr__(name: str) -> object:
+        if name in _HOME:
+            return getattr(import_module(_HOME[name]), name)
+        if name in ("stores", "probes", "scenes"):
+            return import_module(f"interp.{name}")
+        raise AttributeError(f"module 'interp' has no attribute {name!r}; it has: {', '.join(sorted(_HOME))}")
+
+    def __dir__() -> list[str]:
+        return sorted({*__all__, "probes", "scenes", "stores"})
