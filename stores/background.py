@@ -1,0 +1,94 @@
+"""One thread that encodes and writes while the caller goes on; bounded in bytes; its errors come back."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from interp.stores.errors import StoreError
+
+
+@dataclass
+class Job:
+    """Something to do, the bytes it holds until done, and a label by which jobs of a kind are told."""
+
+    do: Callable[[], None]
+    nbytes: int = 0
+    label: str = ""
+
+
+class Background:
+    """Runs jobs in order in one thread. `submit` waits while more than `limit` bytes are queued.
+
+    After a job has raised, the others are dropped and every further call raises StoreError with its message.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.peak = 0
+        """The most bytes ever queued, those being written included."""
+        self._jobs: deque[Job] = deque()
+        self._bytes = 0
+        self._busy = False
+        self._closing = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="interp-store-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, do: Callable[[], None], nbytes: int = 0, label: str = "") -> None:
+        """Queue a job; wait while its bytes would pass the limit (a job alone always enters)."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._error or not self._bytes or self._bytes + nbytes <= self.limit
+            )
+            self.check()
+            if self._closing:
+                raise StoreError("this run is closed for writing; create_run(...) again to go on with it")
+            self._jobs.append(Job(do, nbytes, label))
+            self._bytes += nbytes
+            self.peak = max(self.peak, self._bytes)
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raise StoreError if an earlier job failed."""
+        if self._error is not None:
+            raise StoreError(str(self._error)) from self._error
+
+    def drain(self) -> None:
+        """Wait until everything queued is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or not (self._jobs or self._busy))
+            self.check()
+
+    def next_label(self) -> str | None:
+        """Return the label of the job that comes next, None if none waits: lets a job leave work to its successor."""
+        with self._changed:
+            return self._jobs[0].label if self._jobs else None
+
+    def close(self) -> None:
+        """Finish what is queued and end the thread; a job's error is left for `check`."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._closing)
+                if not self._jobs:
+                    return
+                job = self._jobs.popleft()
+                self._busy = True
+            nbytes = job.nbytes
+            try:
+                if self._error is None:
+                    job.do()
+            except BaseException as error:  # kept, and raised in the caller's thread
+                self._error = error
+            del job  # its arrays are freed before its bytes are given back
+            with self._changed:
+                self._busy = False
+                self._bytes -= nbytes
+                self._changed.notify_all()

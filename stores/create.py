@@ -1,0 +1,140 @@
+"""Create a run, or resume it: `create_run`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from interp.stores.chunks import placement_of
+from interp.stores.disk import QUEUE_BYTES, DiskWriter, read_root
+from interp.stores.errors import StoreError
+from interp.stores.files import plain
+from interp.stores.growth import stored_layout
+from interp.stores.layout_check import checked
+from interp.stores.memory import MemoryWriter
+from interp.stores.schema import Layout
+from interp.stores.skeleton import VOLATILE, build, fingerprint, nodes, read_table
+from interp.stores.table import FORMAT
+from interp.stores.writer import RunWriter
+
+
+def create_run(
+    path: str | os.PathLike[str] | None,
+    layout: Layout,
+    *,
+    queue_bytes: int = QUEUE_BYTES,
+    clean: bool = True,
+) -> RunWriter:
+    """Create a run at `path` and return its writer; None keeps it in memory.
+
+    A run of the same plan (attrs["fingerprint"], or a fingerprint of the layout) is resumed: `writer.status` tells
+    which samples are done. A run that has grown since is resumed with all its samples. Anything else at `path`
+    raises StoreError and is left alone. At most `queue_bytes` wait to be written. `clean=False` leaves the
+    unfinished files of other writers alone: for workers, after one process has created the run.
+
+    >>> from interp.stores import Layout, create_run, images_group
+    >>> layout = Layout({"prompt": ["a red circle"], "seed": [0]}, {"images": images_group(1, 8, 8)})
+    >>> with create_run(None, layout) as writer:
+    ...     writer.begin(0)
+    ...     writer.put(0, "images/image", np.zeros((8, 8, 3), "uint8"))
+    ...     writer.commit(0)
+    >>> len(writer.run.done)
+    1
+    """
+    layout = checked(layout)
+    if path is None:
+        return MemoryWriter(layout)
+    path = Path(path).absolute()
+    if (path.is_dir() and not any(path.iterdir())) or not os.path.lexists(path):
+        if build(path, layout):
+            return DiskWriter(path, layout, queue_bytes=queue_bytes, clean=False)
+    return DiskWriter(path, resumable(path, layout), queue_bytes=queue_bytes, clean=clean)
+
+
+def resumable(path: Path, layout: Layout) -> Layout:
+    """Return the layout of the run at `path` if it is of the same plan; else raise StoreError saying what is there."""
+    root = identify(path)
+    there, asked = root["attributes"], plain(layout.attrs)
+    listed = root["consolidated_metadata"]["metadata"]
+    n = listed["sample"]["shape"][0]
+    same = there.get("fingerprint") == fingerprint(layout)
+    if "fingerprint" not in layout.attrs and n > len(layout):
+        same = not _differences(path, listed, there, asked, layout)
+    differences = [] if same else _differences(path, listed, there, asked, layout)
+    if not same and not differences:
+        differences = [f"fingerprint {there.get('fingerprint')} there, {fingerprint(layout)} asked"]
+    differences += _shapes(listed, layout)
+    if differences:
+        shown = "; ".join(differences[:6]) + ("; …" if len(differences) > 6 else "")
+        raise StoreError(
+            f"{path} holds a run of another plan ({shown}); choose another path, or ask for that plan"
+        )
+    return stored_layout(path, layout)
+
+
+def identify(path: Path) -> dict[str, Any]:
+    """Return the root metadata of the run at `path`; StoreError if something else is there."""
+    advice = "nothing was touched; choose another path"
+    if not path.is_dir():
+        raise StoreError(f"{path} is a file, not a run; {advice}")
+    if not (path / "zarr.json").is_file():
+        raise StoreError(f"{path} is a folder of something else, not a run; {advice}")
+    try:
+        root = read_root(path)
+        found = str(root.get("attributes", {}).get("format", ""))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        raise StoreError(f"{path}/zarr.json cannot be read, so this is not a run; {advice}") from None
+    if not found.startswith("interp.run/"):
+        raise StoreError(f"{path} is a Zarr store, but not a run; {advice}")
+    if found != FORMAT:
+        raise StoreError(f"{path} is of format {found}, this version writes {FORMAT}; {advice}")
+    return root
+
+
+def _differences(
+    path: Path, listed: dict[str, Any], there: dict[str, Any], asked: dict[str, Any], layout: Layout
+) -> list[str]:
+    """Name each part of the plan in which the stored run and the layout differ."""
+    keys = sorted(({*there} | {*asked}) - {*VOLATILE})
+    found = [
+        f"{key} {_short(there.get(key))} there, {_short(asked.get(key))} asked"
+        for key in keys
+        if there.get(key) != asked.get(key)
+    ]
+    n, wanted = listed["sample"]["shape"][0], len(layout)
+    if n < wanted:
+        found.append(f"{n} samples there, {wanted} asked")
+    for name, values in layout.samples.items():
+        if name not in listed:
+            found.append(f"no column {name} there")
+            continue
+        stored = read_table(path / name, listed[name], placement_of(listed[name]))[: len(values)]
+        if not np.array_equal(stored, values[: len(stored)]):
+            row = next(i for i, (a, b) in enumerate(zip(stored, values, strict=False)) if a != b)
+            found.append(f"{name} of sample {row} {_short(stored[row])} there, {_short(values[row])} asked")
+    return found
+
+
+def _shapes(listed: dict[str, Any], layout: Layout) -> list[str]:
+    """Name each array that is missing or of another shape or dtype; the length of `sample` may differ."""
+    found = []
+    for name, node in nodes(layout).items():
+        stored = listed.get(name)
+        if stored is None:
+            found.append(f"no {name} there")
+            continue
+        dims = node.metadata["dimension_names"]
+        start = 1 if dims[:1] == ["sample"] else 0
+        a, b = stored["shape"][start:], node.metadata["shape"][start:]
+        if a != b or stored["dimension_names"] != dims:
+            found.append(f"{name} of shape {tuple(a)} there, {tuple(b)} asked")
+        elif stored["data_type"] != node.metadata["data_type"]:
+            found.append(f"{name} as {stored['data_type']} there, {node.metadata['data_type']} asked")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(plain(value))
+    return text if len(text) <= 48 else text[:45] + "…"

@@ -1,0 +1,255 @@
+"""Write a run to a folder: steps are buffered to whole chunks, encoded and written in the background."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from interp.stores.background import Background
+from interp.stores.chunks import Placement, fill_value, placement_of
+from interp.stores.codec import ChecksumError, decode, encode
+from interp.stores.errors import StoreError
+from interp.stores.files import PARTIAL, sweep, write_file
+from interp.stores.growth import grow_files
+from interp.stores.schema import Layout, TokenTable
+from interp.stores.shards import ShardFile
+from interp.stores.skeleton import chunk_file
+from interp.stores.table import DONE
+from interp.stores.writer import RunWriter
+
+if TYPE_CHECKING:
+    from interp.stores.reader import Run
+
+QUEUE_BYTES = 256 << 20
+
+
+class DiskWriter(RunWriter):
+    """Writes a run that exists at `path`. At most `queue_bytes` wait to be written; `append` then waits too.
+
+    Besides the queue, each sample begun holds one chunk (about ten steps) of every array that it appends to.
+    """
+
+    path: Path
+
+    def __init__(
+        self, path: Path, layout: Layout, *, queue_bytes: int = QUEUE_BYTES, clean: bool = True
+    ) -> None:
+        self.path = path
+        listed = read_root(path)["consolidated_metadata"]["metadata"]
+        self._metadata = {name: listed[name] for name in ("status", "error", *layout.arrays)}
+        self._places = {name: placement_of(found) for name, found in self._metadata.items()}
+        if clean:
+            for name in self._metadata:
+                sweep(path / name)
+        super().__init__(layout, read_status(path, self._metadata["status"]))
+        self._buffers: dict[tuple[int, str], np.ndarray] = {}
+        self._rows: dict[int, dict[str, np.ndarray]] = {}
+        self._shards: dict[tuple[int, str], ShardFile] = {}
+        self._settled: dict[int, tuple[int, dict[str, np.ndarray]]] = {}
+        self._background = Background(queue_bytes)
+        self._closed = False
+
+    def begin(self, i: int) -> None:  # noqa: D102
+        self._background.check()
+        super().begin(i)
+
+    def drain(self) -> None:  # noqa: D102
+        self._background.drain()
+
+    def close(self) -> None:  # noqa: D102
+        if self._closed:
+            return
+        self._closed = True
+        for i in list(self._progress):
+            self._forget(i)
+        self._progress.clear()
+        self._background.close()
+        for shard in self._shards.values():
+            shard.abandon()
+        self._shards.clear()
+        self._background.check()
+
+    @property
+    def run(self) -> "Run":
+        """The run as it is on disk now, once everything handed over is durable."""
+        from interp.stores.reader import open_run
+
+        if not self._closed:
+            self.drain()
+        return open_run(self.path)
+
+    def grow(self, samples: Mapping[str, Any], tokens: Mapping[str, TokenTable] | None = None) -> range:  # noqa: D102
+        self.drain()
+        old = len(self)
+        with _naming(self.path):
+            self.layout = grow_files(self.path, self.layout, samples, tokens or {})
+        listed = read_root(self.path)["consolidated_metadata"]["metadata"]
+        self._metadata = {name: listed[name] for name in self._metadata}
+        self._arrays = self.layout.arrays
+        self._status = np.concatenate([self._status, np.zeros(len(self.layout) - old, "int8")])
+        return range(old, len(self.layout))
+
+    def _add(self, i: int, name: str, step: int, block: np.ndarray) -> None:
+        place, array = self._places[name], self._arrays[name]
+        size = place.inner[1] if place.inner else place.outer[1]
+        total = array.shape[1]
+        start = step - step % size
+        buffer = self._buffers.get((i, name))
+        if buffer is None:
+            self._background.check()
+            buffer = np.empty((min(size, total - start), *array.shape[2:]), array.dtype)
+            self._buffers[i, name] = buffer
+        buffer[step - start] = block
+        if step - start + 1 == len(buffer):
+            del self._buffers[i, name]
+            self._send(i, name, start, buffer)
+
+    def _put(self, i: int, name: str, value: np.ndarray) -> None:
+        place = self._places[name]
+        if not place.inner:
+            self._send(i, name, 0, np.array(value))
+            return
+        for start in range(0, value.shape[0], place.inner[1]):
+            self._send(i, name, start, np.array(value[start : start + place.inner[1]]))
+
+    def _send(self, i: int, name: str, start: int, block: np.ndarray) -> None:
+        place = self._places[name]
+        if place.inner:
+            self._background.submit(partial(self._write_steps, i, name, start, block), block.nbytes)
+        elif self._is_batched(name):
+            self._rows.setdefault(i, {})[name] = block
+        else:
+            self._background.submit(partial(self._write_sample, i, name, block), block.nbytes)
+
+    def _is_batched(self, name: str) -> bool:
+        """Whether samples share this array's chunks; so they do, or could, if it is chunked as `status` is."""
+        place, status = self._places[name], self._places["status"]
+        if place.inner or place.outer[0] != status.outer[0]:
+            return False
+        return place.outer[0] > 1 or self._small(name)
+
+    def _small(self, name: str) -> bool:
+        return int(np.prod(self._arrays[name].sample_shape)) <= 64**2 * 3
+
+    def _discard(self, i: int) -> None:
+        self._forget(i)
+        self._background.submit(partial(self._clear, i))
+
+    def _forget(self, i: int) -> None:
+        self._rows.pop(i, None)
+        for key in [k for k in self._buffers if k[0] == i]:
+            del self._buffers[key]
+
+    def _finish(self, i: int, status: int, error: str) -> None:
+        rows = self._rows.pop(i, {})
+        if status == DONE:
+            for name, array in self._arrays.items():
+                if array.optional and name not in rows and self._is_batched(name):
+                    rows[name] = np.full(array.sample_shape, fill_value(array.dtype))
+        rows["error"] = np.array(error, object)
+        size = sum(r.nbytes for r in rows.values())
+        self._background.submit(partial(self._settle, i, status, rows), size, label="settle")
+
+    # What follows runs in the background thread.
+
+    def _write_steps(self, i: int, name: str, start: int, block: np.ndarray) -> None:
+        with _naming(self._target(i, name)):
+            shard = self._shards.get((i, name))
+            if shard is None:
+                shard = ShardFile(self._partial(name, i), self._target(i, name), self._places[name])
+                self._shards[i, name] = shard
+            shard.add(start, block)
+
+    def _write_sample(self, i: int, name: str, block: np.ndarray) -> None:
+        target = self._target(i, name)
+        with _naming(target):
+            place = self._places[name]
+            data = encode(block.reshape(place.outer), compress=place.compress)
+            write_file(self._partial(name, i), target, data)
+
+    def _settle(self, i: int, status: int, rows: dict[str, np.ndarray]) -> None:
+        """Make a sample's shards durable; its rows and status go with those of the samples right behind it."""
+        for name in [name for j, name in self._shards if j == i]:
+            with _naming(self._target(i, name)):
+                self._shards.pop((i, name)).finish()
+        self._settled[i] = (status, rows)
+        if self._background.next_label() == "settle" and len(self._settled) < 64:
+            return
+        settled, self._settled = self._settled, {}
+        for name in sorted({name for _, found in settled.values() for name in found}):
+            self._write_rows(name, {j: found[name] for j, (_, found) in settled.items() if name in found})
+        statuses = {j: np.array(value, "int8") for j, (value, _) in settled.items()}
+        self._write_rows("status", statuses)
+        for j, value in statuses.items():
+            self._status[j] = value
+
+    def _write_rows(self, name: str, rows: dict[int, np.ndarray]) -> None:
+        """Replace rows of a chunk that samples share: read it, change it, swap the file."""
+        place, metadata = self._places[name], self._metadata[name]
+        dtype = "str" if metadata["data_type"] == "string" else metadata["data_type"]
+        for number in sorted({j // place.outer[0] for j in rows}):
+            target = chunk_file(self.path / name, number, len(place.outer))
+            with _naming(target):
+                chunk = _read_chunk(target, dtype, place)
+                for j, row in rows.items():
+                    if j // place.outer[0] == number:
+                        chunk[j % place.outer[0]] = row if row.ndim else row[()]
+                data = encode(chunk, compress=place.compress)
+                write_file(self._partial(name, number), target, data)
+
+    def _clear(self, i: int) -> None:
+        self._settled.pop(i, None)
+        for name in [name for j, name in self._shards if j == i]:
+            self._shards.pop((i, name)).abandon()
+
+    def _target(self, i: int, name: str) -> Path:
+        return chunk_file(self.path / name, i, len(self._places[name].outer))
+
+    def _partial(self, name: str, i: int) -> Path:
+        return self.path / name / f".{i}{PARTIAL}"
+
+
+def _read_chunk(file: Path, dtype: str, place: Placement) -> np.ndarray:
+    if not file.exists():
+        return np.full(place.outer, fill_value(dtype), object if dtype == "str" else dtype)
+    return decode(file.read_bytes(), dtype, place.outer, compress=place.compress)
+
+
+def read_root(path: Path) -> dict[str, Any]:
+    """Return a run's root metadata, which hold all others."""
+    document: dict[str, Any] = json.loads((path / "zarr.json").read_text())
+    return document
+
+
+def read_status(path: Path, metadata: dict[str, Any]) -> np.ndarray:
+    """Return `status` straight from its files, int8 (sample,); a sample without one is to do."""
+    place, n = placement_of(metadata), metadata["shape"][0]
+    status = np.zeros(-(-n // place.outer[0]) * place.outer[0], "int8")
+    folder = path / "status" / "c"
+    for file in folder.iterdir() if folder.is_dir() else ():
+        first = int(file.name) * place.outer[0]
+        if first < n:
+            with _naming(file):
+                status[first : first + place.outer[0]] = decode(
+                    file.read_bytes(), "int8", place.outer, compress=place.compress
+                )
+    return status[:n]
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a file into a StoreError that names it."""
+    try:
+        yield
+    except (OSError, ChecksumError) as error:
+        cause = error.strerror or error if isinstance(error, OSError) else error
+        raise StoreError(
+            f"{path} could not be written: {cause}; mend that and run again, it resumes"
+        ) from error
+
+
+Resume = Callable[[], None]

@@ -1,0 +1,94 @@
+"""A run kept in memory, with the interface and the tree of one on disk."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from interp.stores.chunks import fill_value
+from interp.stores.files import plain
+from interp.stores.growth import grown
+from interp.stores.schema import Layout, TokenTable
+from interp.stores.skeleton import documents
+from interp.stores.writer import RunWriter
+
+if TYPE_CHECKING:
+    from interp.stores.reader import Run
+
+
+class MemoryWriter(RunWriter):
+    """Keeps the arrays of a run in memory."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout, np.zeros(len(layout), "int8"))
+        self._data = {name: _filled(array.shape, array.dtype) for name, array in self._arrays.items()}
+        self._error = _filled((len(layout),), "str")
+        self._documents = documents(layout)
+
+    @property
+    def run(self) -> "Run":
+        """The run as it is now; its arrays are the writer's, not copies."""
+        from interp.stores.reader import Run
+
+        return Run(self._tree())
+
+    def grow(self, samples: Mapping[str, Any], tokens: Mapping[str, TokenTable] | None = None) -> range:  # noqa: D102
+        old = len(self)
+        self.layout = grown(self.layout, samples, tokens or {})
+        self._arrays = self.layout.arrays
+        more = len(self.layout) - old
+        for name, data in self._data.items():
+            self._data[name] = np.concatenate(
+                [data, _filled((more, *data.shape[1:]), self._arrays[name].dtype)]
+            )
+        self._error = np.concatenate([self._error, _filled((more,), "str")])
+        self._status = np.concatenate([self._status, np.zeros(more, "int8")])
+        return range(old, old + more)
+
+    def _add(self, i: int, name: str, step: int, block: np.ndarray) -> None:
+        self._data[name][i, step] = block
+
+    def _put(self, i: int, name: str, value: np.ndarray) -> None:
+        self._data[name][i] = value
+
+    def _discard(self, i: int) -> None:
+        for name, data in self._data.items():
+            data[i] = fill_value(self._arrays[name].dtype)
+
+    def _finish(self, i: int, status: int, error: str) -> None:
+        self._error[i] = error
+        self._status[i] = status
+
+    def _attrs(self, name: str) -> dict[str, Any]:
+        attrs = dict(self._documents[name]["attributes"])
+        attrs.pop("coordinates", None)
+        return attrs
+
+    def _tree(self) -> xr.DataTree:
+        layout = self.layout
+        root = {name: (("sample",), values) for name, values in layout.samples.items()}
+        root |= {"status": (("sample",), self._status.copy()), "error": (("sample",), self._error)}
+        variables = {name: (dims, _text(v), self._attrs(name)) for name, (dims, v) in root.items()}
+        index = {"sample": ("sample", np.arange(len(layout)), self._attrs("sample"))}
+        parts = {"/": xr.Dataset(variables, index, self._attrs(""))}
+        for group_name, group in layout.groups.items():
+            arrays = {
+                name: (array.dims, _text(self._data[f"{group_name}/{name}"]), plain(array.attrs))
+                for name, array in group.arrays.items()
+            }
+            coords = {
+                name: (dims, _text(values), self._attrs(f"{group_name}/{name}"))
+                for name, (dims, values) in group.coords.items()
+            }
+            parts[group_name] = xr.Dataset(arrays, coords, self._attrs(group_name))
+        return xr.DataTree.from_dict(parts)
+
+
+def _filled(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return np.full(shape, fill_value(dtype), object if dtype == "str" else dtype)
+
+
+def _text(values: np.ndarray) -> np.ndarray:
+    """Return text as numpy's variable-width strings, as a run opened from disk has it."""
+    return values.astype(np.dtypes.StringDType()) if values.dtype == object else values

@@ -1,0 +1,280 @@
+"""Read a run: `open_run`, and `Run`, an `xr.DataTree` with labelled shortcuts."""
+
+import os
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from interp.stores.describe import describe
+from interp.stores.errors import StoreError, nearest
+from interp.stores.scores import write_scores
+from interp.stores.select import positions, unstack
+from interp.stores.table import DONE, FORMAT, TOKEN_FILL
+
+_CAPTURED_BY = {
+    "latents": "Capture(latents=True)",
+    "noise_pred": "Capture(noise_pred=True)",
+    "image": "Capture(image=True)",
+    "final_latents": "Capture(latents=True)",
+    "score": None,
+}
+
+
+def open_run(path: str | os.PathLike[str]) -> "Run":
+    """Open the run at `path` without loading its data.
+
+    Raises StoreError if nothing is there, if it is not a run, or if a newer version of the format wrote it.
+
+    >>> run = open_run("run.zarr")                    # doctest: +SKIP
+    >>> run.attention("32x32").isel(sample=0).load()  # doctest: +SKIP
+    """
+    text = os.fspath(path)
+    remote = "://" in text
+    if not remote and not Path(text).exists():
+        raise StoreError(f"there is no run at {text}; give the folder that trace(store=...) wrote")
+    advice = "give the folder that trace(store=...) wrote"
+    if not remote and not (Path(text) / "zarr.json").is_file():
+        what = "folder without a run" if Path(text).is_dir() else "file, not a run"
+        raise StoreError(f"{text} is a {what}; {advice}")
+    try:
+        tree = xr.open_datatree(text, engine="zarr", chunks=None)
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{text} could not be opened as a run: {error}; {advice}") from error
+    name, _, version = str(tree.attrs.get("format", "")).partition("/")
+    if name != FORMAT.partition("/")[0]:
+        raise StoreError(f"{text} is a Zarr store, but not a run; {advice}")
+    if version != FORMAT.partition("/")[2]:
+        raise StoreError(
+            f"{text} is of format {name}/{version}, but this version reads {FORMAT}; update interp"
+        )
+    return Run(tree, text if remote else Path(text))
+
+
+class Run:
+    """A run of samples. `run.tree` is the whole of it, an ordinary `xr.DataTree`; the rest are shortcuts into it.
+
+    Nothing is loaded until its values are asked for. A selection (`condition`, `sel`, `isel`, `done`) is a run again.
+    """
+
+    def __init__(
+        self, tree: xr.DataTree, path: str | Path | None = None, rows: np.ndarray | None = None
+    ) -> None:
+        self.tree = tree
+        self.path = path
+        self._rows = rows
+        """Numbers in the stored run of a selection's samples; None for a whole run."""
+
+    # The table of samples
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """What the run was made with: pipeline, scheduler, steps, capture, conditions, …."""
+        return dict(self.tree.attrs)
+
+    @cached_property
+    def samples(self) -> pd.DataFrame:
+        """The table of samples: prompt, seed, condition, status, …, one row a sample (index `sample`)."""
+        root = self.tree.to_dataset(inherit=False)
+        columns = {str(n): _python(v.values) for n, v in root.data_vars.items() if v.dims == ("sample",)}
+        return pd.DataFrame(columns, index=pd.Index(root["sample"].values, name="sample"))
+
+    def __len__(self) -> int:
+        return int(self.tree.sizes["sample"])
+
+    @property
+    def conditions(self) -> list[str]:
+        """Names of the conditions, in the order in which they first occur."""
+        return [str(c) for c in dict.fromkeys(self.samples["condition"])]
+
+    # Shortcuts to the data
+
+    @property
+    def trajectory(self) -> xr.Dataset:
+        """Everything along the sampling trajectory: latents, noise_pred, guidance_scale, nfe and the steps."""
+        return self._dataset("trajectory", "Capture(latents=True)")
+
+    @property
+    def latents(self) -> xr.DataArray:
+        """x_t entering each step (sample, step, channel, y, x), in the units of the model's latents."""
+        return self._array("trajectory", "latents")
+
+    @property
+    def final_latents(self) -> xr.DataArray:
+        """Latents after the last step (sample, channel, y, x)."""
+        return self._array("trajectory", "final_latents")
+
+    @property
+    def noise_pred(self) -> xr.DataArray:
+        """Raw model output (sample, step, branch, channel, y, x); NaN where a branch was not evaluated."""
+        return self._array("trajectory", "noise_pred")
+
+    @property
+    def nfe(self) -> xr.DataArray:
+        """Forward passes really run (sample, branch)."""
+        return self._array("trajectory", "nfe")
+
+    @property
+    def images(self) -> xr.DataArray:
+        """Images (sample, height, width, rgb) uint8; those of samples that are not done are black: use `run.done`."""
+        return self._array("images", "image")
+
+    @property
+    def scores(self) -> xr.DataArray:
+        """Scores (sample, metric), metrics named `<metric>:<column>`; NaN where a sample was not scored."""
+        if "scores" not in self.tree.children:
+            raise StoreError("scores were asked for, but this run has none; run `interp score RUN` first")
+        return self._array("scores", "score")
+
+    @property
+    def grids(self) -> list[str]:
+        """Names of the attention grids, `"32x32"`, the finest first."""
+        found = self.tree.children.get("attention")
+        names = list(found.children) if found is not None else []
+        return sorted(names, key=lambda g: -int(np.prod([int(p) for p in g.split("x")])))
+
+    def attention(self, grid: str | None = None) -> xr.DataArray:
+        """Attention from image to text (sample, step, branch, layer, head, token, query_y, query_x) of one grid.
+
+        `grid` is `"<height>x<width>"`; it may be left out when there is just one.
+        """
+        return self._labelled(self._attention_node(grid)["probs"])
+
+    def tokens(self, grid: str | None = None) -> xr.Dataset:
+        """The token table of a grid: token_text, token_id, token_role, token_word, token_count (sample, token).
+
+        Without `grid` that of the finest: the tables of one run's grids agree.
+        """
+        node = self._attention_node(grid or (self.grids[0] if self.grids else None))
+        names = [n for n in TOKEN_FILL if n in node.coords]
+        table = node.to_dataset(inherit=True)
+        return table.drop_vars([v for v in table.variables if v not in {*names, "sample"}]).reset_coords(
+            names
+        )
+
+    # Selections
+
+    def isel(self, sample: Any) -> "Run":
+        """Return the run of the samples at these positions: an int, slice, list, or boolean mask."""
+        rows = positions(sample, len(self))
+        chosen: Any = rows
+        if len(rows) and len(rows) == rows[-1] - rows[0] + 1 and (np.diff(rows) == 1).all():
+            chosen = slice(
+                int(rows[0]), int(rows[-1]) + 1
+            )  # a slice reads whole chunks, a list each by itself
+        base = np.arange(len(self)) if self._rows is None else self._rows
+        return Run(self.tree.isel(sample=chosen), self.path, base[rows])
+
+    def sel(self, **columns: Any) -> "Run":
+        """Return the run of the samples whose columns have these values; a list means any of them.
+
+        >>> run.sel(condition="baseline", seed=[0, 1])  # doctest: +SKIP
+        """
+        table = self.samples
+        keep = np.ones(len(table), bool)
+        for name, value in columns.items():
+            if name not in table.columns:
+                known = sorted(str(c) for c in table.columns)
+                raise StoreError(
+                    f"samples have no column {name!r}{nearest(name, known)}; they have: {', '.join(known)}"
+                )
+            many = isinstance(value, Iterable) and not isinstance(value, str)
+            wanted = list(value) if many else [value]
+            absent = [v for v in wanted if not (table[name] == v).any()]
+            if absent:
+                known = [str(v) for v in dict.fromkeys(table[name])]
+                more = "" if len(known) <= 8 else f" and {len(known) - 8} more"
+                hint = nearest(str(absent[0]), known)
+                shown = f"{', '.join(known[:8])}{more}"
+                raise StoreError(f"no sample has {name} {absent[0]!r}{hint}; there are: {shown}")
+            keep &= table[name].isin(wanted).to_numpy()
+        return self.isel(keep)
+
+    def condition(self, name: str) -> "Run":
+        """Return the run of the samples made under one condition."""
+        return self.sel(condition=name)
+
+    @property
+    def done(self) -> "Run":
+        """The run of the finished samples."""
+        return self.isel(self.samples["status"].to_numpy() == DONE)
+
+    def unstack(self) -> xr.DataTree:
+        """Return the tree with dims condition × prompt_id × seed in place of sample; dask arrays, loaded piece by piece.
+
+        Combinations that the run lacks are NaN. StoreError if two samples share one combination.
+        """
+        return unstack(self.tree, self.samples)
+
+    # What is added, and what is asked
+
+    def write_scores(self, metrics: Mapping[str, Any]) -> None:
+        """Write scores, one value a sample of this run; metrics of that name are replaced, others kept.
+
+        On disk a reader sees all of it or nothing. In a selection the other samples' scores stay what they were.
+        """
+        self.tree = write_scores(self.tree, self.path, self._rows, metrics)
+
+    def probe(self, probe: Any, /, **params: Any) -> xr.Dataset:
+        """Ask a question of this run: the name of a probe, a file (`my_probe.py`), or `my_probe.py:name`."""
+        found = import_module("interp.probes").find_probe(probe)
+        return found(self, **params)
+
+    def summary(self) -> str:
+        """Return what is in the run, as `interp info` prints it."""
+        return describe(self)
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    # How shortcuts find things, and what they say when they do not
+
+    def _dataset(self, node: str, field: str | None) -> xr.Dataset:
+        if node not in self.tree.groups and f"/{node}" not in self.tree.groups:
+            raise self._lacking(node, field)
+        return self.tree[node].to_dataset(inherit=True)
+
+    def _array(self, node: str, name: str) -> xr.DataArray:
+        field = _CAPTURED_BY.get(name, "Capture(latents=True)")
+        found = self.tree.children.get(node)
+        if found is None or name not in found.data_vars:
+            raise self._lacking(name, field)
+        return self._labelled(found[name])
+
+    def _labelled(self, array: xr.DataArray) -> xr.DataArray:
+        """Give the samples of `array` their condition, prompt_id and seed, not yet loaded."""
+        root = self.tree.to_dataset(inherit=False)
+        return array.assign_coords({n: root[n] for n in ("condition", "prompt_id", "seed") if n in root})
+
+    def _attention_node(self, grid: str | None) -> xr.DataTree:
+        grids = self.grids
+        if not grids:
+            raise self._lacking("attention", 'Capture(attention="cross")')
+        if grid is None and len(grids) > 1:
+            raise StoreError(f"this run has several attention grids; name one of: {', '.join(grids)}")
+        if grid is not None and grid not in grids:
+            hint = nearest(grid, grids)
+            raise StoreError(f"this run has no attention grid {grid!r}{hint}; it has: {', '.join(grids)}")
+        return self.tree[f"attention/{grid or grids[0]}"]
+
+    def _lacking(self, name: str, field: str | None) -> StoreError:
+        has = [
+            str(p.path).strip("/") + "/" + str(v)
+            for p in self.tree.subtree
+            if p.path != "/"
+            for v in p.data_vars
+        ]
+        fix = f"trace again with {field}" if field else "trace again"
+        return StoreError(
+            f"{name} was asked for, but this run did not capture it; it has: {', '.join(has)}; {fix}"
+        )
+
+
+def _python(values: np.ndarray) -> np.ndarray:
+    """Return text as Python strings, which pandas turns into its own; numbers as they are."""
+    return values if values.dtype.kind in "iufb" else values.astype(object)

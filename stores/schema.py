@@ -1,0 +1,282 @@
+"""What a run is to hold: `Layout`, `Group`, `Array` and the builders that alone know dims and dtypes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from interp.stores.errors import StoreError
+from interp.stores.table import TOKEN_FILL, node_rows
+
+Coord = tuple[tuple[str, ...], Any]
+"""Dims and values (array or list) of a coordinate."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """One variable of a group; `dims[0] == "sample"` for data that arrive sample by sample."""
+
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    attrs: dict[str, Any] = field(default_factory=dict)
+    optional: bool = False
+    """A sample may be committed without it; what was not written reads as NaN (floats) or 0."""
+
+    def __post_init__(self) -> None:
+        if len(self.dims) != len(self.shape):
+            raise StoreError(
+                f"an array has dims {self.dims} but shape {self.shape}; give one size for each dim"
+            )
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's part."""
+        return self.shape[1:]
+
+    @property
+    def steps(self) -> int | None:
+        """Length of the `step` dim, or None for an array without one."""
+        return self.shape[1] if self.dims[1:2] == ("step",) else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arrays and coordinates of one node; coordinates are known beforehand, arrays arrive sample by sample."""
+
+    arrays: dict[str, Array]
+    coords: dict[str, Coord] = field(default_factory=dict)
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything that is known before the first sample: the table of samples, the groups, the plan as attrs."""
+
+    samples: dict[str, Any]
+    groups: dict[str, Group]
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.samples["prompt"])
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """Every array that is written sample by sample, by path (`attention/32x32/probs`)."""
+        return {f"{g}/{n}": a for g, group in self.groups.items() for n, a in group.arrays.items()}
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Token columns of an attention or text group: arrays (sample, token).
+
+    `word` counts the words of the prompt from 0; `count` is how many tokens a column sums. Columns that a short
+    prompt does not use hold text "", id -1, role "", word -1, count 0.
+    """
+
+    text: Any
+    id: Any
+    role: Any
+    word: Any
+    count: Any
+    text_uncond: Any = None
+
+    def coords(self) -> dict[str, Coord]:
+        """Return the columns as coordinates `token_text`, `token_id`, … (sample, token)."""
+        found = {
+            "token_text": self.text,
+            "token_id": self.id,
+            "token_role": self.role,
+            "token_word": self.word,
+            "token_count": self.count,
+            "token_text_uncond": self.text_uncond,
+        }
+        ints = ("token_id", "token_word", "token_count")
+        return {
+            name: (("sample", "token"), np.asarray(value, "int32" if name in ints else object))
+            for name, value in found.items()
+            if value is not None
+        }
+
+    @property
+    def width(self) -> int:
+        """Number of columns."""
+        return int(np.shape(self.id)[1])
+
+    def padded(self, width: int) -> "TokenTable":
+        """Return the table widened to `width` columns by unused ones."""
+        if width < self.width:
+            raise StoreError(
+                f"a prompt needs {self.width} token columns, but the run has {width}; start a new run"
+            )
+        extra = width - self.width
+        columns = {
+            name.removeprefix("token_"): np.pad(
+                values, ((0, 0), (0, extra)), constant_values=np.asarray(TOKEN_FILL[name], values.dtype)[()]
+            )
+            for name, (_, values) in self.coords().items()
+        }
+        return TokenTable(**columns)
+
+
+def _build(
+    node: str,
+    sizes: Mapping[str, int],
+    arrays: Mapping[str, str | None],
+    coords: Mapping[str, Any],
+    attrs: Mapping[str, Any] | None,
+    tokens: TokenTable | None = None,
+) -> Group:
+    """Assemble a group from its rows in the table: `arrays` maps names to a dtype (None: the table's)."""
+    rows = node_rows(node)
+    built = {}
+    for name, dtype in arrays.items():
+        row = rows[name]
+        if dtype is not None and dtype not in row.dtypes:
+            raise StoreError(f"{node}/{name} cannot be stored as {dtype}; possible: {', '.join(row.dtypes)}")
+        shape = tuple(sizes[d] for d in row.dims)
+        built[name] = Array(row.dims, shape, dtype or row.dtype, _described(row.meaning, row.units))
+    filled: dict[str, Coord] = {}
+    for name, values in coords.items():
+        if values is not None:
+            row = rows[name]
+            kind = object if row.dtype == "str" else row.dtype
+            filled[name] = (
+                row.dims,
+                np.asarray([str(v) for v in values] if kind is object else values, kind),
+            )
+    if tokens is not None:
+        filled |= tokens.coords()
+    return Group(built, filled, dict(attrs or {}))
+
+
+def _described(meaning: str, units: str) -> dict[str, Any]:
+    return {"description": meaning} | ({"units": units} if units else {})
+
+
+def trajectory_group(
+    n: int,
+    *,
+    timestep: Sequence[float] | np.ndarray,
+    sigma: Sequence[float] | np.ndarray,
+    alpha_bar: Sequence[float] | np.ndarray,
+    data_scale: Sequence[float] | np.ndarray,
+    noise_scale: Sequence[float] | np.ndarray,
+    channel: int,
+    y: int,
+    x: int,
+    noise_pred: bool = True,
+    latents: bool = True,
+    attrs: Mapping[str, Any] | None = None,
+) -> Group:
+    """Describe the node `trajectory` of `n` samples, one step a `timestep`; the five sequences are on `step`."""
+    steps = len(timestep)
+    sizes = {"sample": n, "step": steps, "branch": 2, "channel": channel, "y": y, "x": x}
+    kept = {
+        "latents": latents,
+        "final_latents": True,
+        "noise_pred": noise_pred,
+        "guidance_scale": True,
+        "nfe": True,
+    }
+    coords = {"step": np.arange(steps), "timestep": timestep, "sigma": sigma, "alpha_bar": alpha_bar}
+    coords |= {"data_scale": data_scale, "noise_scale": noise_scale, "branch": ["cond", "uncond"]}
+    return _build("trajectory", sizes, {k: None for k, on in kept.items() if on}, coords, attrs)
+
+
+def attention_group(
+    n: int,
+    *,
+    kind: str,
+    grid: tuple[int, int],
+    layers: Sequence[str],
+    heads: Sequence[str],
+    branches: Sequence[str],
+    steps: Sequence[int] | np.ndarray,
+    timestep: Sequence[float] | np.ndarray,
+    sigma: Sequence[float] | np.ndarray | None = None,
+    tokens: TokenTable | None = None,
+    dtype: str = "float16",
+    self_attention: bool = False,
+    text_attention: bool = False,
+    attrs: Mapping[str, Any] | None = None,
+) -> Group:
+    """Describe one grid (height, width): `probs` (sample, step, branch, layer, head, token, query_y, query_x).
+
+    `self_attention=True` gives `probs` (…, query_y, query_x, key_y, key_x) and needs no tokens;
+    `text_attention=True` (…, token, key_y, key_x), the text's view of a joint attention.
+    """
+    top = "self_attention" if self_attention else "text_attention" if text_attention else "attention"
+    if tokens is None and not self_attention:
+        raise StoreError("a text attention group needs a token table; pass tokens=TokenTable(...)")
+    sizes = {
+        "sample": n,
+        "step": len(steps),
+        "branch": len(branches),
+        "layer": len(layers),
+        "head": len(heads),
+    }
+    sizes |= {"query_y": grid[0], "query_x": grid[1], "key_y": grid[0], "key_x": grid[1]}
+    sizes |= {"token": tokens.width if tokens else 0}
+    coords = {"step": steps, "timestep": timestep, "sigma": sigma}
+    coords |= {"branch": branches, "layer": layers, "head": heads}
+    attrs = {"kind": kind, "normalised_over": "all keys"} | dict(attrs or {})
+    keep = None if self_attention else tokens
+    return _build(f"{top}/{grid[0]}x{grid[1]}", sizes, {"probs": dtype}, coords, attrs, keep)
+
+
+def text_group(
+    n: int,
+    *,
+    branches: Sequence[str],
+    token: int,
+    feature: int,
+    pooled: int | None = None,
+    hidden: int | None = None,
+    tokens: TokenTable | None = None,
+    dtype: str = "float32",
+    attrs: Mapping[str, Any] | None = None,
+) -> Group:
+    """Describe `text/<encoder>`: embeddings (sample, branch, token, feature); `pooled` and `hidden` are sizes.
+
+    `pooled` (sample, branch, pooled_feature) and `hidden` (sample, branch, layer, token, feature) are kept if given.
+    """
+    sizes = {"sample": n, "branch": len(branches), "token": token, "feature": feature}
+    sizes |= {"pooled_feature": pooled or 0, "layer": hidden or 0}
+    kept = {"embeddings": True, "pooled": pooled, "hidden": hidden}
+    padded = tokens.padded(token) if tokens else None
+    return _build(
+        "text/encoder", sizes, {k: dtype for k, on in kept.items() if on}, {"branch": branches}, attrs, padded
+    )
+
+
+def thumb_factor(height: int, width: int) -> int:
+    """Return by how much an image is shrunk for its thumbnail, whose longest side is at most 64."""
+    return -(-max(height, width) // 64)
+
+
+def images_group(n: int, height: int, width: int, *, attrs: Mapping[str, Any] | None = None) -> Group:
+    """Describe `images`: image (sample, height, width, rgb) and thumb; putting an image makes its thumb too."""
+    factor = thumb_factor(height, width)
+    sizes = {"sample": n, "height": height, "width": width, "rgb": 3}
+    sizes |= {"thumb_y": max(1, height // factor), "thumb_x": max(1, width // factor)}
+    return _build("images", sizes, {"image": None, "thumb": None}, {}, attrs)
+
+
+def site_group(
+    n: int,
+    *,
+    dims: Sequence[str],
+    shape: Sequence[int],
+    steps: Sequence[int] | np.ndarray,
+    timestep: Sequence[float] | np.ndarray,
+    branches: Sequence[str],
+    dtype: str = "float32",
+    attrs: Mapping[str, Any] | None = None,
+) -> Group:
+    """Describe `sites/<name>`: value (sample, step, branch, *dims), `dims` and `shape` being the site's own."""
+    group = _build("sites/site", {}, {}, {"step": steps, "timestep": timestep, "branch": branches}, attrs)
+    full = ("sample", "step", "branch", *dims)
+    group.arrays["value"] = Array(full, (n, len(steps), len(branches), *shape), dtype)
+    return group

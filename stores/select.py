@@ -1,0 +1,79 @@
+"""Choose samples by position, and arrange them as condition × prompt_id × seed."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from interp.stores.errors import StoreError
+
+_AXES = ("condition", "prompt_id", "seed")
+
+
+def positions(sample: Any, n: int) -> np.ndarray:
+    """Return the positions that an int, slice, list or boolean mask chooses among `n` samples."""
+    if isinstance(sample, slice):
+        return np.arange(n)[sample]
+    chosen = np.atleast_1d(np.asarray(sample))
+    if chosen.dtype == bool:
+        if len(chosen) != n:
+            raise StoreError(
+                f"a mask of {len(chosen)} was given for {n} samples; give one value for each sample"
+            )
+        return np.flatnonzero(chosen)
+    chosen = chosen.astype("int64")
+    bad = chosen[(chosen < -n) | (chosen >= n)]
+    if len(bad):
+        raise StoreError(f"sample {bad[0]} was asked for, but there are {n}, numbered from 0 to {n - 1}")
+    return chosen % n if n else chosen
+
+
+def unstack(tree: xr.DataTree, table: pd.DataFrame) -> xr.DataTree:
+    """Return the tree with dims condition × prompt_id × seed instead of sample, through dask."""
+    keys = table[list(_AXES)]
+    twice = keys[keys.duplicated()]
+    if len(twice):
+        condition, prompt_id, seed = twice.iloc[0]
+        raise StoreError(
+            f"samples cannot be arranged as condition × prompt_id × seed: two have condition {condition!r}, "
+            f"prompt_id {prompt_id} and seed {seed}; select the samples you want first"
+        )
+    axes = {name: list(dict.fromkeys(keys[name])) for name in _AXES}
+    shape = tuple(len(v) for v in axes.values())
+    codes = [pd.Categorical(keys[name], categories=axes[name]).codes.astype("int64") for name in _AXES]
+    where = np.full(math.prod(shape), -1)
+    where[np.ravel_multi_index(codes, shape)] = np.arange(len(table))
+    coords = {
+        name: np.asarray(values, np.dtypes.StringDType() if name == "condition" else "int64")
+        for name, values in axes.items()
+    }
+    parts = {}
+    for node in tree.subtree:
+        data = node.to_dataset(inherit=False).drop_vars(["sample", *_AXES], errors="ignore")
+        new = data.map(_arrange, where=where, shape=shape, keep_attrs=True)
+        new = new.assign_coords(
+            {n: _arrange(c.reset_coords(drop=True), where, shape) for n, c in data.coords.items()}
+        )
+        new.attrs = data.attrs
+        parts[node.path] = new.assign_coords(coords) if node.path == tree.path else new
+    return xr.DataTree.from_dict(parts)
+
+
+def _arrange(array: xr.DataArray, where: np.ndarray, shape: tuple[int, ...]) -> xr.DataArray:
+    if "sample" not in array.dims:
+        return array
+    text = array.dtype.kind not in "iufb"
+    chunks = {"sample": len(where) if text else 1}
+    lazy = (array if text else array.chunk(chunks)).drop_vars(array.coords, errors="ignore")
+    if (where < 0).any():
+        absent = xr.DataArray(where < 0, dims="sample")
+        lazy = lazy.isel(sample=np.maximum(where, 0))
+        lazy = lazy.where(~absent, "") if text else lazy.where(~absent)
+    else:
+        lazy = lazy.isel(sample=where)
+    rest = [d for d in array.dims if d != "sample"]
+    data = lazy.transpose("sample", *rest).data
+    data = data.reshape((*shape, *data.shape[1:]))
+    return xr.DataArray(data, dims=(*_AXES, *rest), attrs=array.attrs, name=array.name)
