@@ -1,0 +1,179 @@
+"""The catalogue of sites: every place of a pipeline where a tensor can be read or written."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from interp.errors import InterpError, nearest, sentence_list
+from interp.families import AttentionSite, Family, find_family
+
+ALIASES = {"pattern": "probs", "attn": "probs", "output": "out", "input": "in"}
+QUANTITIES = ("in", "out", "q", "k", "v", "probs")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One row of the catalogue: name `path:quantity`, kind, and the shape of one sample's tensor.
+
+    kind: `cross` or `self` for attention probabilities (head, query, key), `module` for a module's output.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+
+class SiteTable(list[Site]):
+    """A list of sites that prints as a table; attention first, then modules."""
+
+    def __repr__(self) -> str:
+        width = max((len(s.name) for s in self), default=4)
+        rows = [f"{'site':<{width}}  {'kind':<6}  shape"]
+        rows += [f"{s.name:<{width}}  {s.kind:<6}  {'×'.join(map(str, s.shape))}" for s in self]
+        return "\n".join(rows)
+
+    __str__ = __repr__
+
+
+def sites(pipe: Any, match: str = "*", height: int | None = None, width: int | None = None) -> SiteTable:
+    """List every site of a pipeline's denoiser and text encoders; nothing is computed.
+
+    Args:
+        pipe: A diffusers pipeline, or what `interp.load` accepts.
+        match: Glob over site names, e.g. `"*attn2:probs"`.
+        height, width: Picture size in pixels; default is the model's own.
+
+    Returns:
+        Sites with name, kind and one sample's shape: attention probabilities (head, query, key), module outputs
+        (channel, y, x) or (position, feature).
+
+    Raises:
+        InterpError: nothing matches; the nearest sites are named.
+
+    >>> import interp
+    >>> interp.sites(interp.load("scenes"), "*mid_block*attn2:probs")[0].kind
+    'cross'
+    """
+    from interp.loading import load
+
+    pipe = load(pipe) if isinstance(pipe, str) else pipe
+    family = find_family(pipe)
+    shapes, grids = dry_run(family, height, width)
+    rows = []
+    for site in attention_sites(family):
+        h, w = grids[site.name]
+        keys = h * w if site.kind == "self" else text_length(family)
+        rows.append(Site(f"{site.name}:probs", site.kind, (site.heads, h * w, keys)))
+    rows += [Site(f"{path}:out", "module", shape) for path, shape in shapes.items()]
+    rows += [
+        Site(f"{name}.{path}:out" if path else f"{name}:out", "module", ())
+        for name, (_, encoder) in family.text_encoders.items()
+        for path, _ in encoder.named_modules()
+    ]
+    found = SiteTable(s for s in rows if fnmatchcase(s.name, match) or fnmatchcase(s.name.partition(":")[0], match))
+    if not found:
+        raise InterpError(_no_match(family, match))
+    return found
+
+
+def attention_sites(family: Family) -> list[AttentionSite]:
+    """Attention modules in running order."""
+    return family.attention_sites()
+
+
+def text_length(family: Family) -> int:
+    """Token positions of the text that the denoiser receives."""
+    return int(next(iter(family.text_encoders.values()))[0].model_max_length)
+
+
+def dry_run(
+    family: Family, height: int | None = None, width: int | None = None
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
+    """Run the denoiser on tensors without data; return each module's output shape and each attention site's grid.
+
+    Shapes are those of one sample, without the row dimension; grids are (height, width).
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    grids: dict[str, tuple[int, int]] = {}
+    spatial: list[tuple[int, int]] = []
+    own = {id(s.module): s.name for s in attention_sites(family)}
+    (root, denoiser), *_ = family.denoisers.items()
+    default = family.default_size()
+    size = (height or default[0], width or default[1])
+
+    def enter(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        first = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(first, torch.Tensor) and first.ndim == 4:
+            spatial.append((int(first.shape[2]), int(first.shape[3])))
+        if id(module) in own and spatial:
+            grids[own[id(module)]] = spatial[-1]
+
+    def leave(path: str, out: Any) -> None:
+        out = out[0] if isinstance(out, tuple) else out if isinstance(out, torch.Tensor) else next(iter(out.values()))
+        if isinstance(out, torch.Tensor):
+            shapes[f"{root}.{path}" if path else root] = tuple(int(n) for n in out.shape[1:])
+
+    handles = []
+    try:
+        for path, module in denoiser.named_modules():
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(lambda _, args, out, path=path: leave(path, out)))
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(denoiser.device):
+            inputs = family.dry_inputs(*size)
+            denoiser.forward(*inputs.args, **inputs.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes, grids
+
+
+def split_site(site: str) -> tuple[str, str]:
+    """Split `path:quantity`; the quantity defaults to `out`, aliases are resolved.
+
+    Raises:
+        InterpError: the quantity is unknown.
+    """
+    path, _, quantity = site.partition(":")
+    quantity = ALIASES.get(quantity, quantity) or "out"
+    if quantity not in QUANTITIES:
+        raise InterpError(
+            f"{site!r} asks for the quantity {quantity!r}; a site has {', '.join(QUANTITIES)}{nearest(quantity, QUANTITIES)}"
+        )
+    return path, quantity
+
+
+def match_sites(family: Family, pattern: str) -> list[str]:
+    """Return all `path:quantity` names that a glob selects.
+
+    Raises:
+        InterpError: none does.
+    """
+    path, quantity = split_site(pattern)
+    if quantity in ("q", "k", "v", "probs"):
+        paths = [s.name for s in attention_sites(family)]
+    else:
+        paths = module_paths(family)
+    found = [f"{p}:{quantity}" for p in paths if p == path or fnmatchcase(p, path)]
+    if not found:
+        raise InterpError(_no_match(family, pattern))
+    return found
+
+
+def module_paths(family: Family) -> list[str]:
+    """Paths of all modules of the denoiser and the text encoders."""
+    roots = {**family.denoisers, **{name: encoder for name, (_, encoder) in family.text_encoders.items()}}
+    return [f"{root}.{path}" if path else root for root, m in roots.items() for path, _ in m.named_modules()]
+
+
+def _no_match(family: Family, pattern: str) -> str:
+    path = pattern.partition(":")[0]
+    known = module_paths(family)
+    close = nearest(path, known)
+    examples = sentence_list([s.name for s in attention_sites(family)], limit=2)
+    return (
+        f"no site matches {pattern!r}{close or f'; attention sites are e.g. {examples}'} "
+        f"(interp.sites(pipe) lists all {len(known)} modules)"
+    )

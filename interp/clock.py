@@ -1,0 +1,136 @@
+"""The step clock: which sampling step is being computed, at which noise level.
+
+Denoiser calls are not steps (Heun evaluates twice, sequential guidance too), so the scheduler's `step` is what
+counts. It is wrapped on the scheduler's *class* with an identity check, because a copied scheduler would call an
+instance patch's closure on the original; `set_timesteps` restarts the clock, because one context may see several
+pipeline calls.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The noise levels of a run, one entry a step: `x_t = data_scale·x_0 + noise_scale·ε` in stored units."""
+
+    timestep: np.ndarray
+    sigma: np.ndarray
+    alpha_bar: np.ndarray
+    data_scale: np.ndarray
+    noise_scale: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.timestep)
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """What `scheduler.step` saw: latents (rows, channel, y, x) before and after, and the guided model output."""
+
+    step: int
+    timestep: float
+    latents: torch.Tensor
+    model_output: torch.Tensor
+    next_latents: torch.Tensor
+    evaluation: int
+
+
+def is_first_evaluation(scheduler: Any) -> bool:
+    """Tell whether the scheduler's next `step` opens a sampling step (second-order ones take two calls a step)."""
+    return bool(getattr(scheduler, "state_in_first_order", True))
+
+
+def timeline(scheduler: Any, steps: int, device: Any = "cpu") -> Timeline:
+    """Return the noise levels that `steps` sampling steps would visit; the scheduler itself is not touched."""
+    copy = deepcopy(scheduler)
+    copy.set_timesteps(steps, device=device)
+    times = copy.timesteps.detach().cpu().double().numpy()
+    order = getattr(copy, "order", 1)
+    if order > 1:  # t0 t1 t1 t2 t2 …: the first evaluations are at 0, 2, 4 …
+        times = times[::order]
+    flow = "flow" in str(copy.config.get("prediction_type", "")) or "FlowMatch" in type(copy).__name__
+    sigmas = getattr(copy, "sigmas", None)
+    if flow:
+        sigma = np.asarray(sigmas.detach().cpu().double())[:-1][:: max(order, 1)][: len(times)]
+        return Timeline(times, sigma, (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2), 1 - sigma, sigma)
+    table = copy.alphas_cumprod.detach().cpu().double().numpy()
+    alpha_bar = np.interp(times, np.arange(len(table)), table)
+    sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
+    if getattr(copy, "sigmas", None) is not None and _variance_exploding(copy):
+        sigma = np.asarray(copy.sigmas.detach().cpu().double())[:-1][:: max(order, 1)][: len(times)]
+        return Timeline(times, sigma, 1 / (1 + sigma**2), np.ones_like(sigma), sigma)
+    return Timeline(times, sigma, alpha_bar, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
+
+
+def _variance_exploding(scheduler: Any) -> bool:
+    """Euler-like schedulers keep latents as x_0 + σ·ε and scale the model's input; others keep √ᾱ·x_0 + √(1−ᾱ)·ε."""
+    probe = torch.ones(1, 1, 1, 1)
+    scheduler.is_scale_input_called = False
+    scaled = scheduler.scale_model_input(probe, scheduler.timesteps[0].cpu())
+    return bool((scaled - 1).abs().max() > 1e-6)
+
+
+class Clock:
+    """Follow one pipeline's scheduler while active.
+
+    `step` counts from 0 = first (noisiest); `evaluation` is 0 at the first denoiser evaluation of a step.
+    """
+
+    def __init__(self, scheduler: Any, on_step: Callable[[StepEnd], None]) -> None:
+        self.on_step = on_step
+        self.step = 0
+        self.evaluation = 0
+        self._undo: list[Callable[[], None]] = []
+        self.attach(scheduler)
+
+    def attach(self, scheduler: Any) -> None:
+        """Follow this scheduler from now on (a user may swap `pipe.scheduler` within the context)."""
+        self.close()
+        self.scheduler = scheduler
+        cls = type(scheduler)
+        step, set_timesteps = cls.step, cls.set_timesteps
+
+        def observed_step(this: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is not scheduler:
+                return step(this, model_output, timestep, sample, *args, **kwargs)
+            before = sample.clone()  # some schedulers work in place
+            out = step(this, model_output, timestep, sample, *args, **kwargs)
+            after = out[0] if isinstance(out, tuple) else out.prev_sample
+            self.on_step(StepEnd(self.step, float(timestep), before, model_output, after, self.evaluation))
+            if is_first_evaluation(this):
+                self.step, self.evaluation = self.step + 1, 0
+            else:
+                self.evaluation += 1
+            return out
+
+        def observed_set(this: Any, *args: Any, **kwargs: Any) -> Any:
+            if this is scheduler:
+                self.restart()
+            return set_timesteps(this, *args, **kwargs)
+
+        own = {name: cls.__dict__.get(name) for name in ("step", "set_timesteps")}
+        cls.step, cls.set_timesteps = observed_step, observed_set
+
+        def restore() -> None:
+            for name, function in own.items():
+                if function is None:  # inherited: ours shadowed it
+                    delattr(cls, name)
+                else:
+                    setattr(cls, name, function)
+
+        self._undo.append(restore)
+
+    def restart(self) -> None:
+        """Begin a new run at step 0."""
+        self.step = self.evaluation = 0
+
+    def close(self) -> None:
+        """Undo everything."""
+        while self._undo:
+            self._undo.pop()()

@@ -1,0 +1,116 @@
+"""Stable Diffusion 1.x, 2.x and XL: UNet with cross-attention, both branches as rows of one batch."""
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+
+from interp.families.base import AttentionSite, DenoiserInputs, EncodedPrompt, Family
+
+# Pipelines whose row order [uncond, cond] was read in their source. Others of the same base (InstructPix2Pix and PAG
+# have three chunks) are left out on purpose: a branch is never guessed.
+_PIPELINES = {
+    f"{model}{variant}Pipeline"
+    for model in ("StableDiffusion", "StableDiffusionXL")
+    for variant in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
+} | {"StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"}
+
+
+class UNetFamily(Family):
+    """Pipelines around `UNet2DConditionModel` with classifier-free guidance in one batch."""
+
+    name = "unet"
+
+    @staticmethod
+    def matches(pipe: Any) -> bool:
+        """Tell by the pipeline's class or one of its bases: nnsight and users subclass."""
+        return hasattr(pipe, "unet") and any(c.__name__ in _PIPELINES for c in type(pipe).__mro__)
+
+    @property
+    def denoisers(self) -> dict[str, torch.nn.Module]:
+        """The UNet, and a ControlNet beside it, whose residuals have the same rows."""
+        found = {"unet": self.pipe.unet}
+        if isinstance(getattr(self.pipe, "controlnet", None), torch.nn.Module):
+            found["controlnet"] = self.pipe.controlnet
+        return found
+
+    @property
+    def text_encoders(self) -> dict[str, tuple[Any, torch.nn.Module]]:
+        """One for SD 1.x and 2.x, two for XL."""
+        pairs = {
+            "text_encoder": (self.pipe.tokenizer, self.pipe.text_encoder),
+            "text_encoder_2": (
+                getattr(self.pipe, "tokenizer_2", None),
+                getattr(self.pipe, "text_encoder_2", None),
+            ),
+        }
+        return {name: pair for name, pair in pairs.items() if pair[0] is not None and pair[1] is not None}
+
+    def branches(self) -> tuple[str, ...]:
+        """[uncond, cond] rows under guidance, else cond alone."""
+        return ("uncond", "cond") if self.pipe.do_classifier_free_guidance else ("cond",)
+
+    def guided(self, guidance_scale: float) -> bool:
+        """Guidance is on above 1, unless the scale is an input of the model (LCM-distilled)."""
+        return guidance_scale > 1 and getattr(self.pipe.unet.config, "time_cond_proj_dim", None) is None
+
+    def attention_sites(self) -> list[AttentionSite]:
+        """Every `Attention` inside a transformer block, in module order, which is running order down, up, mid."""
+        sites = []
+        for name, module in self.pipe.unet.named_modules():
+            if isinstance(module, Attention) and ".transformer_blocks." in f".{name}":
+                kind = "cross" if module.is_cross_attention else "self"
+                sites.append(AttentionSite(f"unet.{name}", module, kind, module.heads))
+        order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+        return sorted(sites, key=lambda s: order.get(s.name.split(".")[1], 3))
+
+    def default_size(self) -> tuple[int, int]:
+        """The UNet's training size."""
+        size = self.pipe.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """One latent position per `vae_scale_factor`² pixels."""
+        scale = self.pipe.vae_scale_factor
+        return self.pipe.vae.config.latent_channels, height // scale, width // scale
+
+    def dry_inputs(self, height: int, width: int) -> DenoiserInputs:
+        """One row, 77 tokens."""
+        config, (_, y, x) = self.pipe.unet.config, self.latent_shape(height, width)
+        dtype = self.pipe.unet.dtype
+        text = torch.empty(1, 77, config.cross_attention_dim, dtype=dtype)
+        kwargs: dict[str, Any] = {"encoder_hidden_states": text}
+        if config.addition_embed_type == "text_time":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            kwargs["added_cond_kwargs"] = {
+                "text_embeds": torch.empty(1, pooled, dtype=dtype),
+                "time_ids": torch.empty(1, 6, dtype=dtype),
+            }
+        return DenoiserInputs((torch.empty(1, config.in_channels, y, x, dtype=dtype), torch.tensor(1)), kwargs)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> EncodedPrompt:
+        """Encode through the pipeline's own `encode_prompt`."""
+        device = self.pipe._execution_device
+        if "text_encoder_2" in self.text_encoders:
+            embeddings, _, pooled, _ = self.pipe.encode_prompt(
+                prompt=prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+            return EncodedPrompt(embeddings, pooled)
+        embeddings, _ = self.pipe.encode_prompt(prompts, device, 1, False)
+        return EncodedPrompt(embeddings)
+
+    def text_inputs(self, kwargs: dict[str, Any]) -> EncodedPrompt:
+        """Embeddings, and XL's pooled vector."""
+        added = kwargs.get("added_cond_kwargs") or {}
+        return EncodedPrompt(kwargs["encoder_hidden_states"], added.get("text_embeds"))
+
+    def with_text(self, kwargs: dict[str, Any], text: EncodedPrompt) -> dict[str, Any]:
+        """Exchange the embeddings, and XL's pooled vector if one is given."""
+        changed = {**kwargs, "encoder_hidden_states": text.embeddings}
+        if text.pooled is not None:
+            changed["added_cond_kwargs"] = {**kwargs["added_cond_kwargs"], "text_embeds": text.pooled}
+        return changed
+
+

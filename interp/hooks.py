@@ -1,0 +1,320 @@
+"""The hook registry: one place that knows site, step and branch, for reading and for writing.
+
+`read` and `write` take a site (`unet.mid_block.attentions.0.transformer_blocks.0.attn2:probs`, or a glob) and a
+function of (tensor, at). Functions are called once per branch, with that branch's rows alone: (sample, …).
+Recording and every intervention are built on it; so can be whatever a user needs.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from interp.branches import keep_rows, split_rows, stack_rows
+from interp.catalog import attention_sites, match_sites, split_site
+from interp.clock import Clock, StepEnd
+from interp.errors import InterpError
+from interp.families import AttentionSite, Family, find_family
+from interp.kernels import AttentionCall, KernelObserver
+
+QUANTITIES = ("in", "out", "q", "k", "v", "probs")
+
+# Branches of the denoiser call in progress when an outer registry has dropped some: an inner one must see the same.
+_RUNNING: ContextVar[dict[int, tuple[str, ...]] | None] = ContextVar("running branches", default=None)
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a tensor was met.
+
+    site; step (0 = first, noisiest) and its scheduler timestep; evaluation (0 = the step's first); branch (`cond` or
+    `uncond`); samples: how many samples the call holds, the tensor's first dimension; call: kernel calls within one
+    run of an attention module are counted from 0.
+    """
+
+    site: str
+    step: int
+    timestep: float
+    evaluation: int
+    branch: str
+    samples: int
+    call: int = 0
+
+
+@dataclass
+class DenoiserCall:
+    """One call of the denoiser, before it runs: its arguments may be exchanged, its branches dropped.
+
+    branches: in row order, as given. keep: the branches that will be evaluated; every other one receives the kept
+    one's output, so that guidance `u + w·(c − u)` returns the kept prediction exactly.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    branches: tuple[str, ...]
+    step: int
+    timestep: float
+    evaluation: int
+    samples: int
+    keep: tuple[str, ...] = field(default=())
+
+    def at(self, site: str, branch: str, call: int = 0) -> At:
+        """Describe a tensor met within this call."""
+        return At(site, self.step, self.timestep, self.evaluation, branch, self.samples, call)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the denoiser really evaluated in one call: branch → (sample, channel, y, x), as the model gave it."""
+
+    outputs: dict[str, torch.Tensor]
+    call: DenoiserCall
+
+
+SiteFunction = Callable[[torch.Tensor, At], torch.Tensor | None]
+
+
+class HookRegistry:
+    """Read and write tensors of a running pipeline; a context manager that undoes everything, also after an exception.
+
+    >>> import interp, torch
+    >>> pipe = interp.load("scenes")
+    >>> norms = []
+    >>> with interp.HookRegistry(pipe) as hooks:
+    ...     _ = hooks.read("unet.mid_block:out", lambda x, at: norms.append((at.step, at.branch, x.norm().item())))
+    ...     _ = pipe("a red circle", num_inference_steps=2, guidance_scale=5.0)
+    >>> [(step, branch) for step, branch, _ in norms]
+    [(0, 'uncond'), (0, 'cond'), (1, 'uncond'), (1, 'cond')]
+
+    Raises:
+        InterpError: no family describes the pipeline, or a site matches nothing (the nearest are named).
+    """
+
+    def __init__(self, pipe: Any, family: Family | None = None) -> None:
+        self.pipe = pipe
+        self.family = family or find_family(pipe)
+        self._readers: dict[str, list[SiteFunction]] = {}
+        self._writers: dict[str, list[SiteFunction]] = {}
+        self._attention: dict[str, list[Callable[[AttentionCall, DenoiserCall], None]]] = {}
+        self._call_edits: list[Callable[[DenoiserCall], None]] = []
+        self._predictions: list[Callable[[Prediction], None]] = []
+        self._step_ends: list[Callable[[StepEnd], None]] = []
+        self._undo: list[Callable[[], None]] = []
+        self._hooked: set[str] = set()
+        self._observer = KernelObserver()
+        self._clock: Clock | None = None
+        self._call: DenoiserCall | None = None
+
+    # What to watch -------------------------------------------------------------------------------------------------
+
+    def read(self, site: str, fn: SiteFunction) -> list[str]:
+        """Call `fn(tensor, at)` with each tensor that passes at `site`; return the sites that matched."""
+        return self._register(site, fn, self._readers)
+
+    def write(self, site: str, fn: SiteFunction) -> list[str]:
+        """Replace the tensor at `site` by what `fn(tensor, at)` returns, unless None; return the sites that matched.
+
+        Writers run in the order in which they were added, before all readers: a reader sees what was really used.
+        """
+        return self._register(site, fn, self._writers)
+
+    def on_call(self, fn: Callable[[DenoiserCall], None]) -> None:
+        """Call `fn` with every denoiser call before it runs; it may change `kwargs` and `keep`."""
+        self._call_edits.append(fn)
+
+    def on_prediction(self, fn: Callable[[Prediction], None]) -> None:
+        """Call `fn` with what the denoiser evaluated, branch by branch."""
+        self._predictions.append(fn)
+
+    def on_step(self, fn: Callable[[StepEnd], None]) -> None:
+        """Call `fn` after each `scheduler.step`."""
+        self._step_ends.append(fn)
+
+    def on_attention(self, site: AttentionSite, fn: Callable[[AttentionCall, DenoiserCall], None]) -> None:
+        """Call `fn` with every kernel call of an attention site, all rows: the cheap way to keep query and key."""
+        self._attention.setdefault(site.name, []).append(fn)
+        if self._undo:
+            self._hook_attention(site.name, site.module)
+
+    def _register(self, site: str, fn: SiteFunction, where: dict[str, list[SiteFunction]]) -> list[str]:
+        found = match_sites(self.family, site)
+        for name in found:
+            where.setdefault(name, []).append(fn)
+            if self._undo:
+                self._hook_site(name)
+        return found
+
+    # Being active ----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> "HookRegistry":
+        if self._undo:
+            raise InterpError("this HookRegistry is active already; make a new one for a nested context")
+        self._clock = Clock(self.pipe.scheduler, self._end_step)
+        self._undo.append(self._clock.close)
+        self._undo.append(self._observer.close)
+        for module in self.family.denoisers.values():
+            self._undo.append(_override_call(module, self._denoise))
+        for site in {**self._readers, **self._writers}:
+            self._hook_site(site)
+        for site in self._attention:
+            self._hook_attention(site, self.family_module(site))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._hooked.clear()
+        self._call = None
+
+    def family_module(self, path: str) -> torch.nn.Module:
+        """Return the module at a site's path, e.g. `unet.mid_block`."""
+        root, _, rest = path.partition(".")
+        return getattr(self.pipe, root).get_submodule(rest)
+
+    # The denoiser -----------------------------------------------------------------------------------------------------
+
+    def _denoise(self, module: torch.nn.Module, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        clock = self._clock
+        assert clock is not None
+        if clock.scheduler is not self.pipe.scheduler:
+            clock.attach(self.pipe.scheduler)
+        running = _RUNNING.get() or {}
+        branches = running.get(id(module)) or self.family.branches()
+        rows = args[0].shape[0] if args else kwargs["sample"].shape[0]
+        if rows % len(branches):
+            raise InterpError(
+                f"{type(self.pipe).__name__} called its denoiser with {rows} rows, which cannot hold the branches "
+                f"{branches}; guidance must be either on or off for the whole batch"
+            )
+        time = args[1] if len(args) > 1 else kwargs["timestep"]
+        call = DenoiserCall(
+            args, dict(kwargs), branches, clock.step, float(torch.as_tensor(time).flatten()[0]), clock.evaluation,
+            rows // len(branches), branches,
+        )  # fmt: skip
+        for edit in self._call_edits:
+            edit(call)
+        kept = tuple(b for b in branches if b in call.keep)
+        if kept != branches:
+            call.args, call.kwargs = keep_rows((call.args, call.kwargs), rows, branches, kept)
+        token = _RUNNING.set({**running, id(module): kept})
+        outer, self._call = self._call, call
+        call.branches = kept
+        try:
+            out = run(*call.args, **call.kwargs)
+        finally:
+            _RUNNING.reset(token)
+            self._call = outer
+        if module is self.family.denoiser and self._predictions:
+            sample = out[0] if isinstance(out, tuple) else out.sample
+            prediction = Prediction(split_rows(sample, kept), call)
+            for fn in self._predictions:
+                fn(prediction)
+        return out if kept == branches else stack_rows(out, branches, kept)
+
+    def _end_step(self, end: StepEnd) -> None:
+        for fn in self._step_ends:
+            fn(end)
+
+    # Sites ---------------------------------------------------------------------------------------------------------------
+
+    def _hook_site(self, site: str) -> None:
+        path, quantity = split_site(site)
+        module = self.family_module(path)
+        if quantity in ("q", "k", "v", "probs"):
+            self._hook_attention(path, module)
+            return
+        if site in self._hooked:
+            return
+        self._hooked.add(site)
+        if quantity == "in":
+            handle = module.register_forward_pre_hook(
+                lambda _, args, kwargs, site=site: self._pass_input(site, args, kwargs), with_kwargs=True
+            )
+        else:
+            handle = module.register_forward_hook(lambda _, args, out, site=site: self._pass_output(site, out))
+        self._undo.append(handle.remove)
+
+    def _pass_input(self, site: str, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if args and isinstance(args[0], torch.Tensor):
+            changed = self._apply(site, args[0])
+            return None if changed is None else ((changed, *args[1:]), kwargs)
+        first = next((k for k, v in kwargs.items() if isinstance(v, torch.Tensor)), None)
+        changed = None if first is None else self._apply(site, kwargs[first])
+        return None if changed is None else (args, {**kwargs, first: changed})
+
+    def _pass_output(self, site: str, out: Any) -> Any:
+        if isinstance(out, torch.Tensor):
+            return self._apply(site, out)
+        if isinstance(out, tuple):
+            changed = self._apply(site, out[0])
+            return None if changed is None else (changed, *out[1:])
+        key = next(iter(out))  # diffusers' and transformers' outputs are ordered mappings, main tensor first
+        changed = self._apply(site, out[key])
+        if changed is not None:
+            out[key] = changed
+        return None
+
+    def _apply(self, site: str, tensor: torch.Tensor, kernel_call: int = 0) -> torch.Tensor | None:
+        """Let writers change and readers see the rows of each branch; None if nothing was changed."""
+        call = self._call
+        if call is None:  # outside the denoiser: the text encoder, which runs once per branch before the first step
+            call = DenoiserCall((), {}, ("cond",), -1, float("nan"), 0, tensor.shape[0])
+        parts, changed = split_rows(tensor, call.branches), False
+        for fn in self._writers.get(site, ()):
+            for branch, part in parts.items():
+                new = fn(part, call.at(site, branch, kernel_call))
+                if new is not None:
+                    if new.shape != part.shape:
+                        raise InterpError(
+                            f"the edit at {site!r} returned shape {tuple(new.shape)}, but {tuple(part.shape)} passes there"
+                        )
+                    parts[branch], changed = new.to(part), True
+        for fn in self._readers.get(site, ()):
+            for branch, part in parts.items():
+                fn(part, call.at(site, branch, kernel_call))
+        return torch.cat(list(parts.values())) if changed else None
+
+    def _hook_attention(self, path: str, module: torch.nn.Module) -> None:
+        if path in self._hooked:
+            return
+        self._hooked.add(path)
+        if path not in {s.name for s in attention_sites(self.family)}:
+            raise InterpError(f"{path!r} is no attention module, so it has no q, k, v or probs; it has in and out")
+        self._observer.watch(path, module, self._observe)
+
+    def _observe(self, kernel: AttentionCall) -> torch.Tensor | None:
+        call = self._call
+        if call is None:
+            return None
+        for fn in self._attention.get(kernel.site, ()):
+            fn(kernel, call)
+        for quantity, tensor in (("q", kernel.query), ("k", kernel.key), ("v", kernel.value)):
+            site = f"{kernel.site}:{quantity}"
+            if site in self._writers:
+                raise InterpError(f"{site!r} can be read but not written; write ':probs', ':in' or ':out' instead")
+            if site in self._readers and tensor is not None:
+                self._apply(site, tensor, kernel.call)
+        site = f"{kernel.site}:probs"
+        if site in self._readers or site in self._writers:
+            return self._apply(site, kernel.probabilities(), kernel.call)
+        return None
+
+
+def _override_call(module: torch.nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
+    """Route `module(...)` through `around(module, run, args, kwargs)`; return the undo.
+
+    A temporary subclass survives CPU offload, nnsight, diffusers' own hooks and compile; replacing `forward` does not.
+    """
+    original = module.__class__
+
+    def __call__(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        return around(self, lambda *a, **k: original.__call__(self, *a, **k), args, kwargs)
+
+    module.__class__ = type(original.__name__, (original,), {"__call__": __call__, "__module__": original.__module__})
+
+    def undo() -> None:
+        module.__class__ = original
+
+    return undo

@@ -1,0 +1,163 @@
+"""The contract of an intervention: a frozen dataclass with a window, what it claims, and how it attaches."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from interp.clock import Timeline
+from interp.errors import InterpError, nearest
+from interp.hooks import HookRegistry
+from interp.tokens import Tokens
+
+Unit = Literal["fraction", "step", "sigma", "timestep"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an intervention may know of the samples that run together.
+
+    rows: the samples' rows of the prompt table; tokens: their prompts, tokenised; timeline: the noise levels of the
+    run; guidance_scale: as asked for.
+    """
+
+    rows: list[dict[str, Any]]
+    tokens: list[Tokens]
+    timeline: Timeline
+    guidance_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intervention:
+    """A change of a sampling run within a window of steps.
+
+    Args:
+        start, stop: The window, half-open [start, stop). For `sigma` and `timestep`, which fall during sampling,
+            start is the larger one.
+        unit: `fraction` of the steps (default), `step`, `sigma` or `timestep`; it never depends on int or float.
+    """
+
+    start: float = 0.0
+    stop: float | None = None
+    unit: Unit = "fraction"
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("fraction", "step", "sigma", "timestep"):
+            raise InterpError(
+                f"{self!r}: the unit of a window is 'fraction', 'step', 'sigma' or 'timestep'"
+                f"{nearest(str(self.unit), ['fraction', 'step', 'sigma', 'timestep'])}"
+            )
+        bounds = [v for v in (self.start, self.stop) if v is not None]
+        if self.unit == "fraction" and not all(0 <= v <= 1 for v in bounds):
+            raise InterpError(
+                f"{self!r}: a window in fractions of the run lies within 0 and 1; for step numbers say unit='step'"
+            )
+        if self.unit in ("fraction", "step") and self.stop is not None and self.stop < self.start:
+            raise InterpError(f"{self!r}: the window ends before it starts")
+
+    def __repr__(self) -> str:
+        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def steps(self, timeline: Timeline) -> frozenset[int]:
+        """Return the sampling steps within the window.
+
+        Raises:
+            InterpError: the window lies outside the run.
+        """
+        count = len(timeline)
+        if self.unit in ("fraction", "step"):
+            scale = count if self.unit == "fraction" else 1
+            first = math.ceil(self.start * scale - 1e-9)
+            last = count if self.stop is None else math.ceil(self.stop * scale - 1e-9)
+            if first < 0 or first > count or last > count:
+                raise InterpError(f"{self!r}: the window is outside the run, which has the steps 0–{count - 1}")
+            return frozenset(range(first, last))
+        levels = timeline.sigma if self.unit == "sigma" else timeline.timestep
+        first_level = self.start or math.inf
+        last_level = -math.inf if self.stop is None else self.stop
+        if first_level < levels[-1] or last_level > levels[0]:
+            raise InterpError(
+                f"{self!r}: the window is outside the run, whose {self.unit} falls from {levels[0]:.4g} to {levels[-1]:.4g}"
+            )
+        return frozenset(i for i, level in enumerate(levels) if first_level >= level > last_level)
+
+    def claims(self) -> frozenset[str]:
+        """Name what the intervention owns in its window (`branches`, `text:eos`): two owners are refused."""
+        return frozenset()
+
+    def branches(self) -> tuple[str, ...] | None:
+        """Return the branches evaluated within the window, or None to leave the choice to the pipeline."""
+        return None
+
+    def check(self, table: Mapping[str, Sequence[Any]], guided: bool) -> None:
+        """Raise InterpError if the run cannot carry the intervention; called before anything runs."""
+
+    def attach(self, hooks: HookRegistry, batch: Batch) -> None:
+        """Put hooks for one batch; the registry takes them away."""
+        raise NotImplementedError
+
+    def spec(self) -> dict[str, Any]:
+        """Return name and fields as JSON-able values; `from_spec` is the inverse."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"name": self.name, **values}
+
+
+def from_spec(spec: Mapping[str, Any]) -> Intervention:
+    """Rebuild an intervention from its spec.
+
+    Raises:
+        InterpError: the name or a field is unknown; the nearest is named.
+
+    >>> from_spec({"name": "remove_text", "start": 0.6})
+    RemoveText(start=0.6)
+    """
+    from interp.probes.discovery import find_plugin
+
+    values = dict(spec)
+    cls = find_plugin(str(values.pop("name", "")), "interp.interventions")
+    known = [f.name for f in fields(cls)]
+    for field in values:
+        if field not in known:
+            raise InterpError(
+                f"{cls.__name__} has no field {field!r}{nearest(field, known) or ';'} it has: {', '.join(known)}"
+            )
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def check_all(
+    interventions: Sequence[Intervention], timeline: Timeline, table: Mapping[str, Sequence[Any]], guided: bool
+) -> None:
+    """Check each intervention, and that no two claim the same thing in the same steps.
+
+    Raises:
+        InterpError: one sentence naming the two.
+    """
+    owned: list[tuple[Intervention, str, frozenset[int]]] = []
+    for one in interventions:
+        if not isinstance(one, Intervention):
+            raise InterpError(f"{one!r} is no intervention; give e.g. interp.RemoveText(start=0.6)")
+        steps = one.steps(timeline)
+        one.check(table, guided)
+        for claim in one.claims():
+            for other, owner, taken in owned:
+                both = sorted(steps & taken)
+                if both and _overlap(claim, owner):
+                    raise InterpError(
+                        f"{other!r} and {one!r} both decide about {min(claim, owner, key=len)!r} in step"
+                        f"{'s' if len(both) > 1 else ''} {both[0]}{f'–{both[-1]}' if len(both) > 1 else ''}; "
+                        "give them windows that do not overlap"
+                    )
+            owned.append((one, claim, steps))
+
+
+def _overlap(a: str, b: str) -> bool:
+    return a == b or a.startswith(b + ":") or b.startswith(a + ":")
+
+
+def attach_all(interventions: Sequence[Intervention], hooks: HookRegistry, batch: Batch) -> None:
+    """Attach in order; the order of the list is the order of application."""
+    for one in interventions:
+        one.attach(hooks, batch)

@@ -1,0 +1,82 @@
+"""Loading a pipeline: the bundled model, a Hub id, a local folder, or a pipeline that exists already."""
+
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from interp.errors import InterpError, nearest
+
+BUNDLED = "scenes"
+_ORIGIN: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+
+
+def load(model: Any, *, device: str | None = None, dtype: torch.dtype | None = None, revision: str | None = None) -> Any:
+    """Return a diffusers pipeline.
+
+    Args:
+        model: `"scenes"` (the bundled trained model), a Hub id, a local folder in diffusers format, or a diffusers
+            pipeline, which is returned as it is.
+        device: Where to put it; default `cuda` if there is one, else `cpu`.
+        dtype: Default float32, on a GPU float16 (the bundled model: always float32).
+        revision: Branch, tag or commit of a Hub repository.
+
+    Raises:
+        InterpError: nothing of that name can be loaded; the sentence says what was tried.
+
+    >>> import interp
+    >>> type(interp.load("scenes")).__name__
+    'StableDiffusionPipeline'
+    """
+    if not isinstance(model, (str, Path)):
+        if hasattr(model, "scheduler") and callable(model):
+            return model
+        raise InterpError(
+            f"cannot load a {type(model).__name__}: give 'scenes', a Hub id, a local folder or a diffusers pipeline"
+        )
+    from diffusers import DiffusionPipeline
+
+    name, device = str(model), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    source = _locate(name)
+    dtype = dtype or (torch.float16 if device.startswith("cuda") and name != BUNDLED else torch.float32)
+    options: dict[str, Any] = {"torch_dtype": dtype, "revision": revision}
+    if name == BUNDLED:
+        options.update(safety_checker=None, requires_safety_checker=False)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
+    except Exception as error:  # diffusers and the Hub client raise a dozen types for "not there"
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InterpError(f"cannot load model {name!r} ({first}); {_known(name)}") from error
+    _ORIGIN[pipe] = {"id": name, "revision": revision or ""}
+    return pipe.to(device)
+
+
+def origin(pipe: Any) -> dict[str, str]:
+    """Where a pipeline came from: `{"id": …, "revision": …}`, as far as known."""
+    if pipe in _ORIGIN:
+        return _ORIGIN[pipe]
+    return {"id": str(getattr(pipe, "name_or_path", "") or pipe.config.get("_name_or_path", "") or ""), "revision": ""}
+
+
+def _locate(name: str) -> str:
+    """Turn a model's name into what diffusers loads."""
+    if name == BUNDLED:
+        from interp.scenes import folder
+
+        return str(folder())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise InterpError(f"the folder {name!r} holds no diffusers pipeline: it has no model_index.json")
+        return str(path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InterpError(f"unknown model {name!r}: there is no folder of that name; {_known(name)}")
+    return name
+
+
+def _known(name: str) -> str:
+    return (
+        "a model is 'scenes' (bundled), a local folder in diffusers format, or a Hub id such as "
+        f"'stable-diffusion-v1-5/stable-diffusion-v1-5'{nearest(name, [BUNDLED])}"
+    )

@@ -1,0 +1,381 @@
+"""The plan of a run: everything that is decided before the first denoiser call, and what it will cost."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from interp.capture import Capture
+from interp.catalog import attention_sites, dry_run, match_sites, text_length
+from interp.clock import Timeline, timeline
+from interp.errors import InterpError
+from interp.families import AttentionSite, Family, find_family
+from interp.interventions import Intervention, check_all
+from interp.loading import origin
+from interp.prompts import PromptTable, prompt_table
+from interp.stores import Array, Group, Layout, TokenTable
+from interp.stores.schema import attention_group, images_group, site_group, text_group, trajectory_group
+from interp.tokens import Tokens, TokenSelection, select_tokens, tokenize
+
+Conditions = Mapping[str, Sequence[Intervention]]
+
+
+@dataclass(frozen=True)
+class SiteCapture:
+    """A module output to keep: its site and one sample's dims and shape."""
+
+    site: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and cost, before it runs. `print(plan)` tells it in words.
+
+    samples are ordered condition × prompt × seed; `batches` lists the sample numbers that run together. The partition
+    is fixed here, recorded, and kept on retry and resume, because a sample's rounding depends on its batch.
+    """
+
+    layout: Layout
+    batches: list[list[int]]
+    capture: Capture
+    conditions: dict[str, list[Intervention]]
+    prompts: PromptTable
+    timeline: Timeline
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    attention: list[AttentionSite]
+    sites: list[SiteCapture]
+    tokens: list[Tokens]
+    selection: TokenSelection
+    forward_passes: int
+    options: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    @property
+    def bytes(self) -> int:
+        """Uncompressed size of all arrays; on disk attention shrinks to about 0.7 of it."""
+        return sum(int(np.prod(a.shape)) * _itemsize(a) for a in self.layout.arrays.values())
+
+    @property
+    def memory(self) -> int:
+        """Bytes of captured tensors held at once by the largest batch: q and k of one step, and its reduced maps."""
+        per_step = sum(
+            int(np.prod(a.shape)) * _itemsize(a) // (len(self) * (a.steps or 1))
+            for name, a in self.layout.arrays.items()
+            if not name.startswith("images")
+        )
+        # float32 probabilities of all heads of one layer at a time, and query and key kept until the step ends
+        heads = [s.heads * s.grid[0] * s.grid[1] * len(self.tokens[0].ids) * 4 for s in self.attention]
+        return max(map(len, self.batches)) * (4 * per_step + max(heads, default=0))
+
+    def rows(self, samples: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the samples' rows of the prompt table."""
+        return self.prompts.rows([self.layout.samples["prompt_id"][i] for i in samples])
+
+    def __str__(self) -> str:
+        per = self.bytes / max(1, len(self))
+        seeds = len(self) // (len(self.prompts) * len(self.conditions))
+        return "\n".join(
+            [
+                f"{len(self)} samples = {len(self.conditions)} conditions × {len(self.prompts)} prompts × {seeds} seeds, "
+                f"in {len(self.batches)} batches of up to {max(map(len, self.batches))}",
+                f"{self.width}×{self.height} pixels, {self.steps} steps, guidance {self.guidance_scale:g}: "
+                f"{self.forward_passes:,} forward passes (one sample, one branch each)",
+                f"{size(self.bytes)} before compression ({size(per)} a sample), about {size(self.memory)} of captured "
+                "tensors in memory at once",
+                *(f"  {name}: {' × '.join(f'{d} {n}' for d, n in zip(a.dims, a.shape, strict=True))} {a.dtype}"
+                  for name, a in self.layout.arrays.items()),
+            ]
+        )  # fmt: skip
+
+    __repr__ = __str__
+
+
+def size(count: float) -> str:
+    """Write a number of bytes for people.
+
+    >>> size(1536)
+    '1.5 kB'
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1024 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _itemsize(array: Array) -> int:
+    return 16 if array.dtype == "str" else np.dtype(array.dtype).itemsize
+
+
+def plan(
+    pipe: Any,
+    prompts: Any,
+    *,
+    seeds: Sequence[int] | int = 0,
+    steps: int = 50,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    negative_prompt: str = "",
+    capture: Capture | None = None,
+    interventions: Sequence[Intervention] | None = None,
+    conditions: Conditions | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Say what a run would do and cost; nothing is computed. The arguments are those of `interp.trace`.
+
+    Raises:
+        InterpError: whatever `interp.trace` would refuse, in the same words.
+
+    >>> import interp
+    >>> print(str(interp.plan(interp.load("scenes"), "a red circle", seeds=[0, 1], steps=20)).splitlines()[0])
+    2 samples = 1 conditions × 1 prompts × 2 seeds, in 1 batches of up to 2
+    """
+    from interp.loading import load
+
+    pipe = load(pipe) if isinstance(pipe, str) else pipe
+    family, capture, table = find_family(pipe), capture or Capture(), prompt_table(prompts, negative_prompt)
+    if not isinstance(steps, int) or steps < 1:
+        raise InterpError(f"steps={steps!r}: give the number of sampling steps, at least 1")
+    guidance = default_guidance(pipe) if guidance_scale is None else float(guidance_scale)
+    high, wide = _picture_size(family, height, width)
+    named = _conditions(interventions, conditions)
+    seed_list = [seeds] if isinstance(seeds, int) else [int(s) for s in seeds]
+    if not seed_list or len(set(seed_list)) < len(seed_list):
+        raise InterpError(f"seeds={seeds!r}: give one or more different whole numbers")
+    times = timeline(pipe.scheduler, steps)
+    guided = family.guided(guidance)
+    for changes in named.values():
+        check_all(changes, times, table.columns, guided)
+    samples, batches = _samples(table, named, seed_list, _batch_size(pipe, batch_size))
+    return assemble(
+        pipe, capture=capture, table=table, samples=samples, batches=batches, conditions=named, steps=steps,
+        guidance=guidance, height=high, width=wide, options=options,
+    )  # fmt: skip
+
+
+def assemble(
+    pipe: Any, *, capture: Capture, table: PromptTable, samples: dict[str, list], batches: list[list[int]],
+    conditions: dict[str, list[Intervention]], steps: int, guidance: float, height: int, width: int,
+    options: Mapping[str, Any] | None = None, columns: int = 0,
+) -> Plan:  # fmt: skip
+    """Make the plan of samples that are known one by one; `plan` and `interp.record` end here.
+
+    `columns` is the least number of token columns: a run that will be appended to needs room for longer prompts.
+    """
+    family, times = find_family(pipe), timeline(pipe.scheduler, steps)
+    n, tokenizer = len(samples["prompt"]), next(iter(family.text_encoders.values()))[0]
+    known = {text: tokenize(tokenizer, text) for text in {*samples["prompt"], *samples["negative_prompt"]}}
+    tokens = [known[text] for text in samples["prompt"]]
+    selection = select_tokens(tokens, [known[text] for text in samples["negative_prompt"]], capture.tokens, columns)
+    attention, sites = captured_sites(family, capture, height, width)
+    layout = Layout(
+        samples=samples,
+        groups=_groups(family, capture, times, selection.table, attention, sites, height, width, n),
+        attrs=_attrs(pipe, family, capture, conditions, steps, guidance, height, width, dict(options or {})),
+    )
+    guided = family.guided(guidance)
+    passes = {name: _passes(changes, times, guided) for name, changes in conditions.items()}
+    return Plan(
+        layout, batches, capture, conditions, table, times, steps, guidance, height, width, attention, sites, tokens,
+        selection, sum(passes[name] for name in samples["condition"]), dict(options or {}),
+    )  # fmt: skip
+
+
+def default_guidance(pipe: Any) -> float:
+    """Return the guidance scale that the model recommends, or that its pipeline class uses."""
+    import inspect
+
+    if origin(pipe)["id"] == "scenes":
+        from interp.scenes import DEFAULT_GUIDANCE
+
+        return float(DEFAULT_GUIDANCE)
+    default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    return float(default.default) if default is not None else 1.0
+
+
+def _picture_size(family: Family, height: int | None, width: int | None) -> tuple[int, int]:
+    default = family.default_size()
+    high, wide = height or default[0], width or default[1]
+    if high % 8 or wide % 8:
+        raise InterpError(f"a picture of {wide}×{high} pixels cannot be made: both sides must be multiples of 8")
+    return high, wide
+
+
+def _conditions(interventions: Sequence[Intervention] | None, conditions: Conditions | None) -> dict[str, list[Intervention]]:
+    if conditions is not None and interventions is not None:
+        raise InterpError("give either interventions= (one condition) or conditions= (several by name), not both")
+    if conditions is None:
+        found = list(interventions or [])
+        return {"baseline" if not found else "intervened": found}
+    if not conditions:
+        raise InterpError('conditions= is empty; give at least {"baseline": []}')
+    return {str(name): list(changes) for name, changes in conditions.items()}
+
+
+def _batch_size(pipe: Any, batch_size: int | str) -> int:
+    if batch_size == "auto":  # wide enough to fill the device, narrow enough for a laptop's memory
+        return 16 if pipe.device.type == "cuda" else 4
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InterpError(f"batch_size={batch_size!r}: give a whole number of samples, at least 1, or 'auto'")
+    return batch_size
+
+
+def _samples(
+    table: PromptTable, conditions: Mapping[str, Any], seeds: list[int], batch_size: int
+) -> tuple[dict[str, list], list[list[int]]]:
+    """Order condition × prompt × seed; a batch never mixes conditions, whose interventions differ."""
+    order = [(c, p, s) for c in conditions for p in range(len(table)) for s in seeds]
+    per = len(table) * len(seeds)
+    batches = [
+        list(range(start, min(start + batch_size, first + per)))
+        for first in range(0, len(order), per)
+        for start in range(first, first + per, batch_size)
+    ]
+    number = {i: b for b, members in enumerate(batches) for i in members}
+    columns: dict[str, list] = {name: [values[p] for _, p, _ in order] for name, values in table.columns.items()}
+    columns["seed"] = [s for _, _, s in order]
+    columns["condition"] = [c for c, _, _ in order]
+    columns["prompt_id"] = [p for _, p, _ in order]
+    columns["batch"] = [number[i] for i in range(len(order))]
+    return columns, batches
+
+
+def _passes(changes: Sequence[Intervention], times: Timeline, guided: bool) -> int:
+    """Forward passes of one sample, first evaluations of each step: what the branch policies leave."""
+    policies = [(c.steps(times), kept) for c in changes if (kept := c.branches()) is not None]
+    full = 2 if guided else 1
+    return sum(min([len(kept) for steps, kept in policies if i in steps] or [full]) for i in range(len(times)))
+
+
+def captured_sites(
+    family: Family, capture: Capture, height: int, width: int
+) -> tuple[list[AttentionSite], list[SiteCapture]]:
+    """Return the attention sites (with their grids) and module sites that a capture selects."""
+    shapes, grids = dry_run(family, height, width)
+    attention = [
+        AttentionSite(s.name, s.module, s.kind, s.heads, grids[s.name])
+        for s in capture.chosen_attention(attention_sites(family))
+    ]
+    sites = []
+    for pattern in capture.sites:
+        for site in match_sites(family, pattern):
+            path, _, quantity = site.partition(":")
+            if quantity != "out" or path not in shapes:
+                raise InterpError(
+                    f"Capture(sites={pattern!r}) asks for {site!r}; modules of the denoiser can be kept by their output "
+                    "('…:out'), attention by Capture(attention=…), anything else with interp.HookRegistry"
+                )
+            dims = {1: ("feature",), 2: ("position", "feature"), 3: ("channel", "y", "x")}.get(len(shapes[path]))
+            if dims is None:
+                raise InterpError(f"{site!r} has shape {shapes[path]}, which has no labels; read it with HookRegistry")
+            sites.append(SiteCapture(site, dims, shapes[path]))
+    return attention, sites
+
+
+def _groups(
+    family: Family, capture: Capture, times: Timeline, tokens: TokenTable, attention: list[AttentionSite],
+    sites: list[SiteCapture], height: int, width: int, n: int,
+) -> dict[str, Group]:  # fmt: skip
+    channel, y, x = family.latent_shape(height, width)
+    groups = {
+        "trajectory": trajectory_group(
+            n, timestep=times.timestep, sigma=times.sigma, alpha_bar=times.alpha_bar, data_scale=times.data_scale,
+            noise_scale=times.noise_scale, channel=channel, y=y, x=x, noise_pred=capture.noise_pred, latents=capture.latents,
+        )
+    }  # fmt: skip
+    kept = capture.chosen_steps(len(times))
+    timing = {"steps": kept, "timestep": times.timestep[kept]}
+    for name, members in attention_groups(attention).items():
+        heads = capture.chosen_heads(members[0].heads)
+        if capture.heads != "mean" and len({s.heads for s in members}) > 1:
+            raise InterpError(f"the layers at {name} have different numbers of heads; capture heads='mean', or one layer")
+        groups[name] = attention_group(
+            n, kind=members[0].kind, grid=members[0].grid, layers=[s.name for s in members],
+            heads=["mean"] if capture.heads == "mean" else [str(h) for h in heads], branches=capture.branches,
+            sigma=times.sigma[kept], tokens=tokens, dtype=capture.dtype, self_attention=members[0].kind == "self", **timing,
+        )  # fmt: skip
+    for site in sites:
+        groups[site_node(site.site)] = site_group(
+            n, dims=site.dims, shape=site.shape, branches=capture.branches, attrs={"site": site.site}, **timing
+        )
+    if capture.text:
+        width_of = int(family.dry_inputs(height, width).kwargs["encoder_hidden_states"].shape[-1])
+        length = len(tokens.id[0]) if capture.tokens == "all" else text_length(family)
+        groups["text/" + next(iter(family.text_encoders))] = text_group(
+            n, branches=["cond", "uncond"], token=length, feature=width_of
+        )
+    if capture.image:
+        groups["images"] = images_group(n, height, width)
+    return groups
+
+
+def attention_groups(attention: list[AttentionSite]) -> dict[str, list[AttentionSite]]:
+    """Sort attention sites into the store's groups, one a kind and grid."""
+    groups: dict[str, list[AttentionSite]] = {}
+    for site in attention:
+        node = "self_attention" if site.kind == "self" else "attention"
+        groups.setdefault(f"{node}/{site.grid[0]}x{site.grid[1]}", []).append(site)
+    return groups
+
+
+def site_node(site: str) -> str:
+    """Return the store's group of a module site: `sites/unet.mid_block`."""
+    return f"sites/{site.partition(':')[0]}"
+
+
+def _attrs(
+    pipe: Any, family: Family, capture: Capture, conditions: Mapping[str, Sequence[Intervention]], steps: int,
+    guidance: float, height: int, width: int, options: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    scheduler = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
+    return {
+        "pipeline": {"class": type(pipe).__name__, **origin(pipe), "config_hash": _config_hash(pipe), "family": family.name},
+        "weights_hash": _weights_hash(family.denoiser),
+        "scheduler": {"class": type(pipe.scheduler).__name__, **json.loads(json.dumps(scheduler, default=str))},
+        "steps": steps,
+        "size": [height, width],
+        "guidance_scale": guidance,
+        "dtype": str(family.denoiser.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+        "pipeline_options": options,
+        "capture": capture.spec(),
+        "conditions": {name: [c.spec() for c in changes] for name, changes in conditions.items()},
+        "prediction_type": str(scheduler.get("prediction_type", "epsilon")),
+        "versions": {p: version(p) for p in ("interp-diffusion", "torch", "diffusers", "transformers")},
+    }
+
+
+def _config_hash(pipe: Any) -> str:
+    parts = {}
+    for name, part in pipe.components.items():
+        config = getattr(part, "config", None)
+        if config is not None and name != "scheduler":
+            values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+            parts[name] = {k: v for k, v in values.items() if not k.startswith("_") and "version" not in k}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def _weights_hash(module: torch.nn.Module) -> str:
+    """A digest of a few values of every parameter: a resumed run must not go on with other weights."""
+    digest = hashlib.sha256()
+    for name, p in sorted(module.named_parameters()):
+        if p.device.type == "meta":  # offloaded
+            continue
+        digest.update(name.encode())
+        digest.update(p.detach().flatten()[:: max(1, p.numel() // 4)][:4].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

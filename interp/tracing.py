@@ -1,0 +1,136 @@
+"""`interp.trace`: run a pipeline over prompts × seeds × conditions and record it."""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from interp.capture import Capture
+from interp.families import find_family
+from interp.hooks import HookRegistry
+from interp.interventions import Batch, Intervention, attach_all
+from interp.loading import load
+from interp.planning import Conditions, Plan, plan
+from interp.recording import Recorder, pictures
+from interp.stores import Run, RunWriter, create_run
+
+
+def trace(
+    pipe: Any,
+    prompts: Any,
+    *,
+    seeds: Sequence[int] | int = 0,
+    steps: int = 50,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    negative_prompt: str = "",
+    capture: Capture | None = None,
+    interventions: Sequence[Intervention] | None = None,
+    conditions: Conditions | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    options: Mapping[str, Any] | None = None,
+    store: str | PathLike[str] | None = None,
+    scores: Sequence[str] = (),
+    progress: bool = True,
+) -> Run:
+    """Generate and record samples = conditions × prompts × seeds; the pictures are bit-equal to untraced ones.
+
+    Args:
+        pipe: A diffusers pipeline, or what `interp.load` accepts.
+        prompts: Text, a list of texts, or a table (list of dicts, DataFrame, CSV or JSON-lines file) with a column
+            `prompt`, optionally `negative_prompt`, and any others, which interventions may name: `"{target}"`.
+        seeds: One CPU generator a sample: the same noise on every device and in every condition.
+        steps: Sampling steps.
+        guidance_scale: Scale w of classifier-free guidance u + w·(c − u); default is the model's own.
+        height, width: Picture size in pixels; default is the model's own.
+        negative_prompt: For rows that name none.
+        capture: What to keep; default: cross-attention (head mean, prompt tokens), latents, noise, pictures.
+        interventions: Changes of the run, in order of application: one condition, named `intervened`.
+        conditions: Several by name, e.g. `{"baseline": [], "late": [interp.RemoveText(start=0.6)]}`.
+        batch_size: Samples that run together.
+        options: Further arguments of the pipeline's call, e.g. `{"guidance_rescale": 0.7}`; JSON values.
+        store: Path of the run; an existing run of the same plan is resumed, anything else refused. None keeps it
+            in memory.
+        scores: Metrics to add, see `interp.score`.
+        progress: Show a progress bar.
+
+    Returns:
+        The run; `run.tree` is an ordinary `xr.DataTree`.
+
+    Raises:
+        InterpError: a user's mistake, in one sentence, before anything runs.
+
+    >>> import interp
+    >>> run = interp.trace("scenes", "a red circle", steps=2, progress=False)
+    >>> run.latents.dims
+    ('sample', 'step', 'channel', 'y', 'x')
+    """
+    pipe = load(pipe) if isinstance(pipe, str) else pipe
+    planned = plan(
+        pipe, prompts, seeds=seeds, steps=steps, guidance_scale=guidance_scale, height=height, width=width,
+        negative_prompt=negative_prompt, capture=capture, interventions=interventions, conditions=conditions,
+        batch_size=batch_size, options=options,
+    )  # fmt: skip
+    with create_run(store, planned.layout) as writer:
+        _run_all(pipe, planned, writer, progress)
+    run = writer.run
+    if scores:
+        from interp.scoring import score
+
+        run = score(run, scores)
+    return run
+
+
+def _run_all(pipe: Any, planned: Plan, writer: RunWriter, progress: bool) -> None:
+    done = writer.status == 1
+    quiet = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**quiet, "disable": True})
+    try:
+        with tqdm(total=len(planned), initial=int(done.sum()), unit="sample", disable=not progress) as bar:
+            for batch in planned.batches:
+                waiting = [i for i in batch if not done[i]]
+                if waiting:
+                    bar.set_description(planned.layout.samples["condition"][batch[0]])
+                    run_batch(pipe, planned, writer, batch, waiting)
+                    bar.update(len(waiting))
+    finally:
+        pipe.set_progress_bar_config(**quiet)
+
+
+def run_batch(pipe: Any, planned: Plan, writer: RunWriter, batch: list[int], waiting: list[int]) -> None:
+    """Run one batch of the plan and write the samples that are waiting.
+
+    The whole batch is computed even if some of it is done: a sample's rounding depends on its batch, and a run must
+    be bit-equal however often it was interrupted.
+    """
+    columns = planned.layout.samples
+    changes = planned.conditions[columns["condition"][batch[0]]]
+    with HookRegistry(pipe) as hooks:
+        context = Batch(
+            planned.rows(batch), [planned.tokens[i] for i in batch], planned.timeline, planned.guidance_scale
+        )
+        attach_all(changes, hooks, context)
+        recorder = Recorder(hooks, writer, planned, batch, waiting)
+        recorder.begin()
+        output = pipe(**call_arguments(pipe, planned, batch))
+        recorder.finish(pictures(output) if planned.capture.image else None)
+
+
+def call_arguments(pipe: Any, planned: Plan, batch: Sequence[int]) -> dict[str, Any]:
+    """Return the arguments of the pipeline's own call for some samples of a plan: what an untraced call would get."""
+    columns = planned.layout.samples
+    arguments: dict[str, Any] = {
+        "prompt": [columns["prompt"][i] for i in batch],
+        "num_inference_steps": planned.steps,
+        "guidance_scale": planned.guidance_scale,
+        "height": planned.height,
+        "width": planned.width,
+        "generator": [torch.Generator("cpu").manual_seed(columns["seed"][i]) for i in batch],
+        "output_type": "pil" if planned.capture.image else "latent",
+    }
+    if find_family(pipe).guided(planned.guidance_scale):
+        arguments["negative_prompt"] = [columns["negative_prompt"][i] for i in batch]
+    return {**arguments, **planned.options}
