@@ -1,0 +1,64 @@
+"""Drawing eos_replacement: alignments with intervals, and how far the swap is from both baselines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import xarray as xr
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw(ds: xr.Dataset) -> Figure:
+    """Draw mean alignments with their intervals, and the swap's latent distances to both baselines.
+
+    ds: the result of `eos_replacement`. One panel a metric (each has its own unit), one for the distances.
+    """
+    from interp.probes.style import BLUE, ORANGE, new_figure, step_axis, title
+
+    colour = {"source": BLUE, "target": ORANGE}
+    metrics = [str(m) for m in ds["metric"].values]
+    figure, (*panels, distance) = new_figure(len(metrics) + 1)
+    labels = {"swap": "words A,\nEOS of B", "source": "prompt A", "target": "prompt B"}
+    for ax, metric in zip(panels, metrics, strict=True):
+        for k, text in enumerate(("source", "target")):
+            mean = ds["alignment_mean"].sel(metric=metric, text=text).values
+            interval = ds["alignment_interval"].sel(metric=metric, text=text)
+            bars = [mean - interval.sel(bound="low").values, interval.sel(bound="high").values - mean]
+            letter = {"source": "A", "target": "B"}[text]
+            at = [i + (k - 0.5) * 0.16 for i in range(3)]
+            ax.errorbar(
+                at,
+                mean,
+                yerr=bars,
+                fmt="os"[k],
+                color=colour[text],
+                capsize=3,
+                label=f"with the {text} {letter}",
+            )
+        ax.set_xticks(range(3), [labels[str(i)] for i in ds["image"].values])
+        ax.set(
+            xlim=(-0.5, 2.5), xlabel="image made from", ylabel=f"{metric} alignment (the metric's own unit)"
+        )
+        wins, (low, high) = (
+            float(ds["target_wins"].sel(metric=metric)),
+            ds["target_wins_interval"].sel(metric=metric),
+        )
+        title(
+            ax,
+            f"{metric}: target wins {wins:.0%} [{float(low):.0%}, {float(high):.0%}] of {ds.attrs['pairs']}",
+        )
+        ax.grid(axis="y", color="0.9", linewidth=0.6)
+        ax.legend(fontsize=7, frameon=False)
+    for side in ("source", "target"):
+        gap = ds["latent_distance_mean"].sel(reference=side)
+        low, high = (ds["latent_distance_interval"].sel(reference=side, bound=b) for b in ("low", "high"))
+        name = {"source": "to prompt A's (source)", "target": "to prompt B's (target)"}[side]
+        distance.plot(ds["step"], gap, color=colour[side], label=name, linewidth=1.6)
+        distance.fill_between(ds["step"], low, high, color=colour[side], alpha=0.15, linewidth=0)
+    distance.set(ylabel="‖x_swap − x_ref‖ / ‖x_ref‖ (1)", ylim=(0, None))
+    title(distance, "Distance of the swap's latents")
+    step_axis(distance)
+    distance.legend(fontsize=7, frameon=False)
+    return figure

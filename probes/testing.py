@@ -1,0 +1,231 @@
+"""For authors of probes: `check_probe` yields the checks that every probe should pass; data needs no model.
+
+```python
+import pytest
+from interp.probes.testing import check_probe
+from my_probe import sharpness
+
+@pytest.mark.parametrize("check", check_probe(sharpness), ids=str)
+def test_sharpness(check):
+    check()
+```
+"""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from interp.probes.base import Probe
+from interp.stores import Run, synthetic_run
+from interp.stores.errors import InterpError
+
+PARTS = {  # what a run may lack, and the needs that it then does not meet
+    "latents": ("trajectory", ("latents", "final_latents")),
+    "noise_pred": ("trajectory", ("noise_pred",)),
+    "attention": ("attention", ()),
+    "images": ("images", ()),
+    "text": ("text", ()),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A named check: call it; an AssertionError (or whatever the probe raises) says what is wrong."""
+
+    name: str
+    body: Callable[[], None]
+
+    def __call__(self) -> None:
+        """Run the check."""
+        self.body()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def check_probe(probe: Probe, make_run: Callable[..., Run] = synthetic_run, **params: Any) -> Iterator[Check]:
+    """Yield the checks of a probe, with `params` passed on to it.
+
+    make_run makes the runs, with the keywords of `interp.stores.synthetic_run` (samples, heads, branches,
+    scores, omit): pass another for a probe that needs more than that gives, such as `swap_run`.
+
+    Checked: documented keyword-only parameters with defaults; one and several samples; heads averaged and
+    apart; a branch that was evaluated half of the time; a run that lacks a part (an InterpError of one
+    sentence, or a result); labels and units; the same result again, from dask arrays, and after pickling the
+    probe; the run left as it was; its plot.
+
+    >>> from interp.probes import find_probe
+    >>> for check in check_probe(find_probe("frequency_energy")):
+    ...     check()
+    """
+    runs = cache(make_run)
+    several = {"samples": 3}
+
+    def ask(run: Run, which: Probe = probe) -> xr.Dataset:
+        result = which(run, **params).load()
+        assert isinstance(result, xr.Dataset), f"the result is {type(result).__name__}, not a Dataset"
+        return result
+
+    def checks(name: str, **kwargs: Any) -> Check:
+        return Check(name, lambda: _has_numbers(ask(runs(**kwargs))))
+
+    yield Check("documented parameters", lambda: _documented(probe))
+    yield checks("one sample", samples=1)
+    yield checks("several samples", **several)
+    yield checks("heads averaged", heads="mean")
+    yield checks("heads apart", heads=3)
+    yield checks("both branches", branches=("cond", "uncond"))
+    yield Check("branch evaluated half of the time", lambda: _clean(lambda: ask(_half(runs(**several)))))
+    for part in PARTS:
+        yield Check(f"without {part}", partial(_lacking, probe, runs, part, ask))
+    yield Check("without scores", lambda: _without(probe, runs(scores=False), "scores", ask))
+    yield Check("labels and units", lambda: _labels(ask(runs(**several))))
+    yield Check("same again", lambda: _same(ask(runs(**several)), ask(runs(**several)), exact=True))
+    yield Check("dask as eager", lambda: _same(ask(runs(**several)), ask(_lazy(runs(**several)))))
+    yield Check("run left as it was", lambda: _unchanged(runs(**several), ask))
+    yield Check(
+        "pickled", lambda: _same(ask(runs(**several)), ask(runs(**several), _pickled(probe)), exact=True)
+    )
+    if probe.plot is not None:
+        yield Check("plot", lambda: _drawn(probe, ask(runs(**several))))
+
+
+def swap_run(samples: int = 4, **kwargs: Any) -> Run:
+    """Return a synthetic run of conditions `baseline` and `eos`; the `target` of a prompt is the next prompt.
+
+    kwargs: those of `interp.stores.synthetic_run`. Nothing was really swapped: for trying `eos_replacement`
+    on.
+
+    >>> swap_run(samples=2).samples["target"].tolist()[0] == swap_run(samples=2).samples["prompt"].tolist()[1]
+    True
+    """
+    run = synthetic_run(samples=samples, conditions=("baseline", "eos"), **kwargs)
+    prompts = [str(p) for p in run.samples["prompt"]]
+    following = [prompts[(i + 1) % samples + i // samples * samples] for i in range(len(prompts))]
+    tree = run.tree.copy()
+    tree["target"] = xr.DataArray(np.array(following, dtype=np.dtypes.StringDType()), dims="sample")
+    return Run(tree)
+
+
+def _documented(probe: Probe) -> None:
+    text = inspect.getdoc(probe.fn) or ""
+    assert probe.summary.endswith((".", ")")), "the docstring's first line is missing or no sentence"
+    for name, p in list(inspect.signature(probe.fn).parameters.items())[1:]:
+        assert p.kind is p.KEYWORD_ONLY, f"parameter {name!r} is not keyword-only"
+        assert p.default is not p.empty, f"parameter {name!r} has no default"
+        assert name in text.replace("`", " ").split() or f"`{name}" in text, (
+            f"the docstring does not explain {name!r}"
+        )
+
+
+def _has_numbers(result: xr.Dataset) -> None:
+    numbers = [v for v in result.data_vars.values() if v.dtype.kind in "fiub"]
+    assert any(np.isfinite(v.values).any() for v in numbers), "nothing in the result is a finite number"
+
+
+def _labels(result: xr.Dataset) -> None:
+    for name, variable in result.data_vars.items():
+        assert variable.attrs.get("units"), f"variable {name!r} has no units"
+        for dim in {"sample", "step", "band", "layer", "head", "branch"} & set(variable.dims):
+            assert dim in result.coords, f"dimension {dim!r} of {name!r} has lost its labels"
+
+
+def _clean(body: Callable[[], object]) -> None:
+    """Run `body`; an InterpError of one sentence is as good as a result."""
+    try:
+        body()
+    except InterpError as error:
+        assert "\n" not in str(error) and len(str(error)) > 20, f"not a clear sentence: {error}"
+
+
+def _lacking(probe: Probe, runs: Callable[..., Run], part: str, ask: Callable[[Run], xr.Dataset]) -> None:
+    _without(probe, runs(omit=(part,)), part, ask)
+
+
+def _without(probe: Probe, run: Run, part: str, ask: Callable[[Run], xr.Dataset]) -> None:
+    node, names = PARTS.get(part, (part, ()))
+    wanted = probe.needs.get(node)
+    declared = wanted is not None and (not names or wanted is True or bool({*names} & {*wanted}))
+    try:
+        ask(run)
+    except InterpError as error:
+        text = str(error)
+        assert "\n" not in text and len(text) > 20, f"without {part}: not a clear sentence: {text}"
+    except Exception as error:
+        raise AssertionError(
+            f"without {part} the probe fails with {type(error).__name__}: {error}; declare that it needs {node!r}"
+        ) from error
+    else:
+        assert not declared, f"the probe declares that it needs {node}, yet runs without {part}"
+
+
+def _same(one: xr.Dataset, other: xr.Dataset, *, exact: bool = False) -> None:
+    if exact:
+        xr.testing.assert_identical(one, other)
+    else:
+        xr.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def _unchanged(run: Run, ask: Callable[[Run], xr.Dataset]) -> None:
+    before = run.tree.copy(deep=True)
+    ask(run)
+    assert run.tree.identical(before), "the probe changed the run that it was given"
+
+
+def _pickled(probe: Probe) -> Probe:
+    try:
+        again: Probe = pickle.loads(pickle.dumps(probe))  # noqa: S301 - our own bytes
+    except (pickle.PicklingError, AttributeError, ImportError, TypeError) as error:
+        raise AssertionError(
+            f"the probe cannot be pickled (define it at the top of a module): {error}"
+        ) from error
+    return again
+
+
+def _drawn(probe: Probe, result: xr.Dataset) -> None:
+    from matplotlib.figure import Figure
+
+    assert probe.plot is not None
+    figure = probe.plot(result)
+    assert isinstance(figure, Figure), f"the plot returned {type(figure).__name__}, not a matplotlib Figure"
+    figure.canvas.draw()
+
+
+def _lazy(run: Run) -> Run:
+    """The same run with dask arrays, one chunk a sample."""
+
+    def chunked(dataset: xr.Dataset) -> xr.Dataset:
+        return dataset.map(
+            lambda v: v.chunk({"sample": 1}) if "sample" in v.dims and v.dtype.kind in "fiub" else v,
+            keep_attrs=True,
+        )
+
+    return _like(run, chunked)
+
+
+def _half(run: Run) -> Run:
+    """The same run with every branch evaluated in the first half of the steps only."""
+
+    def halved(dataset: xr.Dataset) -> xr.Dataset:
+        def cut(v: xr.DataArray) -> xr.DataArray:
+            evaluated = {"step", "branch"} <= set(v.dims) and v.dtype.kind == "f"
+            return v.where(v["step"] < v["step"].max() / 2).astype(v.dtype) if evaluated else v
+
+        return dataset.map(cut, keep_attrs=True)
+
+    return _like(run, halved)
+
+
+def _like(run: Run, change: Callable[[xr.Dataset], xr.Dataset]) -> Run:
+    nodes = {node.path: change(node.to_dataset(inherit=False)) for node in run.tree.subtree}
+    tree = xr.DataTree.from_dict(nodes)
+    tree.attrs.update(run.tree.attrs)
+    return Run(tree)
