@@ -36,7 +36,12 @@ class Recorder:
     """
 
     def __init__(
-        self, hooks: HookRegistry, writer: RunWriter, plan: Plan, samples: Sequence[int], waiting: Sequence[int] | None = None
+        self,
+        hooks: HookRegistry,
+        writer: RunWriter,
+        plan: Plan,
+        samples: Sequence[int],
+        waiting: Sequence[int] | None = None,
     ) -> None:
         self.hooks, self.writer, self.plan, self.samples = hooks, writer, plan, list(samples)
         self.waiting = set(samples if waiting is None else waiting)  # the others are done: computed, not written
@@ -45,10 +50,12 @@ class Recorder:
         selection = TokenSelection(columns.positions[self.samples], pads, columns.table)
         self._kept = set(capture.chosen_steps(len(plan.timeline)))
         self._groups = attention_groups(plan.attention)
-        heads = None if capture.heads == "mean" else capture.chosen_heads(plan.attention[0].heads if plan.attention else 0)
         self._reducers = {
             name: AttentionReducer(
-                members[0].grid, heads, None if members[0].kind == "self" else selection, getattr(torch, capture.dtype)
+                members[0].grid,
+                None if capture.heads == "mean" else capture.chosen_heads(members[0].heads),
+                None if members[0].kind == "self" else selection,
+                getattr(torch, capture.dtype),
             )
             for name, members in self._groups.items()
         }
@@ -66,8 +73,8 @@ class Recorder:
     def _attach(self) -> None:
         for site in self.plan.attention:
             self.hooks.on_attention(site, self._on_attention)
-        for site in self.plan.sites:
-            self.hooks.read(site.site, self._on_site)
+        for wanted in self.plan.sites:
+            self.hooks.read(wanted.site, self._on_site)
         self.hooks.on_prediction(self._on_prediction)
         self.hooks.on_step(self._on_step)
         if self.plan.capture.text:
@@ -290,7 +297,7 @@ class Recording:
 
     def call(self, original: type, args: tuple, kwargs: dict) -> Any:
         """Run the pipeline's own `__call__` and record it."""
-        call = original.__call__  # type: ignore[misc]
+        call = original.__call__
         bound = inspect.signature(call).bind(self._pipe, *args, **kwargs)
         bound.apply_defaults()
         capture = self._capture
@@ -348,7 +355,9 @@ def _call_plan(pipe: Any, capture: Capture, arguments: dict[str, Any], condition
     """Read a pipeline call's own arguments."""
     prompt = arguments.get("prompt")
     if prompt is None:
-        raise InterpError("interp.record needs the prompt as text (prompt=…), to label the tokens; embeddings have none")
+        raise InterpError(
+            "interp.record needs the prompt as text (prompt=…), to label the tokens; embeddings have none"
+        )
     if any(arguments.get(name) is not None for name in ("timesteps", "sigmas")) or "strength" in arguments:
         raise InterpError(
             "interp.record follows whole sampling runs; custom timesteps, sigmas and image-to-image are not supported yet"
