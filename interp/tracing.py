@@ -131,6 +131,8 @@ def call_arguments(pipe: Any, planned: Plan, batch: Sequence[int]) -> dict[str, 
         "generator": [torch.Generator("cpu").manual_seed(columns["seed"][i]) for i in batch],
         "output_type": "pil" if planned.capture.image else "latent",
     }
-    if find_family(pipe).guided(planned.guidance_scale):
+    # XL zeroes the branch without text when no negative prompt is given, and encodes "" when one is: decided for the
+    # run as a whole, so that a sample does not depend on its batch.
+    if find_family(pipe).guided(planned.guidance_scale) and any(columns["negative_prompt"]):
         arguments["negative_prompt"] = [columns["negative_prompt"][i] for i in batch]
     return {**arguments, **planned.options}
