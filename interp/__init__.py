@@ -30,7 +30,7 @@ _HOME = {
     "Run": "interp.stores",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from interp.capture import Capture as Capture

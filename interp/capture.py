@@ -71,7 +71,11 @@ tokens, branches, steps, latents, noise_pred, sites, text, image, dtype
         wrong = [b for b in self.branches if b not in ("cond", "uncond")]
         if wrong or not self.branches:
             raise InterpError(f"Capture(branches={list(self.branches)}): a branch is 'cond' or 'uncond'")
-        for name, words in (("heads", ("mean", "all")), ("tokens", ("prompt", "all")), ("dtype", ("float16", "float32"))):
+        for name, words in (
+            ("heads", ("mean", "all")),
+            ("tokens", ("prompt", "all")),
+            ("dtype", ("float16", "float32")),
+        ):
             value = getattr(self, name)
             if isinstance(value, str) and value not in words:
                 raise InterpError(

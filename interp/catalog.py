@@ -121,7 +121,7 @@ def dry_run(
         for path, module in denoiser.named_modules():
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(lambda _, args, out, path=path: leave(path, out)))
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(denoiser.device):
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(str(denoiser.device)):
             inputs = family.dry_inputs(*size)
             denoiser.forward(*inputs.args, **inputs.kwargs)
     finally:

@@ -52,9 +52,7 @@ class AttentionCall:
         scores = torch.matmul(query * self.scale, key.transpose(-1, -2))
         if self.mask is not None:
             mask = self.mask if self.mask.shape[0] == 1 or self.mask.ndim < 4 else self.mask[rows]
-            scores = (
-                scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.float()
-            )
+            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.float()
         if self.causal:
             keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
             scores = scores.masked_fill(~keep, -math.inf)

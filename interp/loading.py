@@ -1,5 +1,7 @@
 """Loading a pipeline: the bundled model, a Hub id, a local folder, or a pipeline that exists already."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +14,9 @@ BUNDLED = "scenes"
 _ORIGIN: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 
 
-def load(model: Any, *, device: str | None = None, dtype: torch.dtype | None = None, revision: str | None = None) -> Any:
+def load(
+    model: Any, *, device: str | None = None, dtype: torch.dtype | None = None, revision: str | None = None
+) -> Any:
     """Return a diffusers pipeline.
 
     Args:
@@ -40,11 +44,9 @@ def load(model: Any, *, device: str | None = None, dtype: torch.dtype | None = N
     name, device = str(model), device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = _locate(name)
     dtype = dtype or (torch.float16 if device.startswith("cuda") and name != BUNDLED else torch.float32)
-    options: dict[str, Any] = {"torch_dtype": dtype, "revision": revision}
-    if name == BUNDLED:
-        options.update(safety_checker=None, requires_safety_checker=False)
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
+        with _quiet() if name == BUNDLED else nullcontext():
+            pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=dtype, revision=revision)
     except Exception as error:  # diffusers and the Hub client raise a dozen types for "not there"
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InterpError(f"cannot load model {name!r} ({first}); {_known(name)}") from error
@@ -52,11 +54,32 @@ def load(model: Any, *, device: str | None = None, dtype: torch.dtype | None = N
     return pipe.to(device)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Load without progress bars: the bundled model is there in a second."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    enabled = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled[0]:
+            diffusers_logging.enable_progress_bar()
+        if enabled[1]:
+            transformers_logging.enable_progress_bar()
+
+
 def origin(pipe: Any) -> dict[str, str]:
     """Where a pipeline came from: `{"id": …, "revision": …}`, as far as known."""
     if pipe in _ORIGIN:
         return _ORIGIN[pipe]
-    return {"id": str(getattr(pipe, "name_or_path", "") or pipe.config.get("_name_or_path", "") or ""), "revision": ""}
+    return {
+        "id": str(getattr(pipe, "name_or_path", "") or pipe.config.get("_name_or_path", "") or ""),
+        "revision": "",
+    }
 
 
 def _locate(name: str) -> str:

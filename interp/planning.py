@@ -215,7 +215,9 @@ def _picture_size(family: Family, height: int | None, width: int | None) -> tupl
     return high, wide
 
 
-def _conditions(interventions: Sequence[Intervention] | None, conditions: Conditions | None) -> dict[str, list[Intervention]]:
+def _conditions(
+    interventions: Sequence[Intervention] | None, conditions: Conditions | None
+) -> dict[str, list[Intervention]]:
     if conditions is not None and interventions is not None:
         raise InterpError("give either interventions= (one condition) or conditions= (several by name), not both")
     if conditions is None:
@@ -298,11 +300,13 @@ def _groups(
         )
     }  # fmt: skip
     kept = capture.chosen_steps(len(times))
-    timing = {"steps": kept, "timestep": times.timestep[kept]}
+    timing: dict[str, Any] = {"steps": kept, "timestep": times.timestep[kept]}
     for name, members in attention_groups(attention).items():
         heads = capture.chosen_heads(members[0].heads)
         if capture.heads != "mean" and len({s.heads for s in members}) > 1:
-            raise InterpError(f"the layers at {name} have different numbers of heads; capture heads='mean', or one layer")
+            raise InterpError(
+                f"the layers at {name} have different numbers of heads; capture heads='mean', or one layer"
+            )
         groups[name] = attention_group(
             n, kind=members[0].kind, grid=members[0].grid, layers=[s.name for s in members],
             heads=["mean"] if capture.heads == "mean" else [str(h) for h in heads], branches=capture.branches,
@@ -310,7 +314,12 @@ def _groups(
         )  # fmt: skip
     for site in sites:
         groups[site_node(site.site)] = site_group(
-            n, dims=site.dims, shape=site.shape, branches=capture.branches, attrs={"site": site.site}, **timing
+            n,
+            dims=site.dims,
+            shape=site.shape,
+            branches=capture.branches,
+            attrs={"site": site.site},
+            **timing,
         )
     if capture.text:
         width_of = int(family.dry_inputs(height, width).kwargs["encoder_hidden_states"].shape[-1])
@@ -343,9 +352,17 @@ def _attrs(
 ) -> dict[str, Any]:  # fmt: skip
     scheduler = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
     return {
-        "pipeline": {"class": type(pipe).__name__, **origin(pipe), "config_hash": _config_hash(pipe), "family": family.name},
+        "pipeline": {
+            "class": type(pipe).__name__,
+            **origin(pipe),
+            "config_hash": _config_hash(pipe),
+            "family": family.name,
+        },
         "weights_hash": _weights_hash(family.denoiser),
-        "scheduler": {"class": type(pipe.scheduler).__name__, **json.loads(json.dumps(scheduler, default=str))},
+        "scheduler": {
+            "class": type(pipe.scheduler).__name__,
+            **json.loads(json.dumps(scheduler, default=str)),
+        },
         "steps": steps,
         "size": [height, width],
         "guidance_scale": guidance,

@@ -24,7 +24,11 @@ class AttentionReducer:
     """
 
     def __init__(
-        self, grid: tuple[int, int], heads: list[int] | None, selection: TokenSelection | None, dtype: torch.dtype
+        self,
+        grid: tuple[int, int],
+        heads: list[int] | None,
+        selection: TokenSelection | None,
+        dtype: torch.dtype,
     ) -> None:
         self.grid, self.heads, self.dtype = grid, heads, dtype
         self._positions = None if selection is None else torch.from_numpy(selection.positions)
@@ -69,8 +73,10 @@ def _probabilities(calls: Sequence[AttentionCall], rows: slice) -> torch.Tensor:
         return torch.stack([c.probabilities(rows) for c in calls])
     query = torch.stack([c.query[rows] for c in calls if c.query is not None])
     key = torch.stack([c.key[rows] for c in calls if c.key is not None])
-    return AttentionCall("", query.flatten(0, 1), key.flatten(0, 1), scale=calls[0].scale).probabilities().unflatten(
-        0, (len(calls), -1)
+    return (
+        AttentionCall("", query.flatten(0, 1), key.flatten(0, 1), scale=calls[0].scale)
+        .probabilities()
+        .unflatten(0, (len(calls), -1))
     )
 
 

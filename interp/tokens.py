@@ -81,7 +81,9 @@ class TokenSelection:
     table: TokenTable
 
 
-def select_tokens(cond: list[Tokens], uncond: list[Tokens], tokens: str | tuple[int, ...], width: int = 0) -> TokenSelection:
+def select_tokens(
+    cond: list[Tokens], uncond: list[Tokens], tokens: str | tuple[int, ...], width: int = 0
+) -> TokenSelection:
     """Choose the columns for a list of prompts, as `Capture.tokens` says.
 
     Args:
@@ -115,7 +117,11 @@ def _table(cond: list[Tokens], uncond: list[Tokens], positions: np.ndarray, pads
     for i, (mine, theirs) in enumerate(zip(cond, uncond, strict=True)):
         for column, p in enumerate(positions[i]):
             if p >= 0:
-                text[i, column], role[i, column], other[i, column] = mine.text[p], mine.role[p], theirs.text[p]
+                text[i, column], role[i, column], other[i, column] = (
+                    mine.text[p],
+                    mine.role[p],
+                    theirs.text[p],
+                )
                 ids[i, column], word[i, column], count[i, column] = mine.ids[p], mine.word[p], 1
         if pads is not None and pads[i].any():
             p = int(np.argmax(pads[i]))

@@ -1,6 +1,8 @@
 """`interp.trace`: run a pipeline over prompts × seeds × conditions and record it."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal
 
@@ -15,6 +17,15 @@ from interp.loading import load
 from interp.planning import Conditions, Plan, plan
 from interp.recording import Recorder, pictures
 from interp.stores import Run, RunWriter, create_run
+
+
+@dataclass(frozen=True)
+class BatchDone:
+    """Handed to `progress` after each batch: its condition, how many samples, and the wall seconds they took."""
+
+    condition: str
+    samples: int
+    seconds: float
 
 
 def trace(
@@ -34,7 +45,7 @@ def trace(
     options: Mapping[str, Any] | None = None,
     store: str | PathLike[str] | None = None,
     scores: Sequence[str] = (),
-    progress: bool = True,
+    progress: bool | Callable[[BatchDone], None] = True,
 ) -> Run:
     """Generate and record samples = conditions × prompts × seeds; the pictures are bit-equal to untraced ones.
 
@@ -55,7 +66,7 @@ def trace(
         store: Path of the run; an existing run of the same plan is resumed, anything else refused. None keeps it
             in memory.
         scores: Metrics to add, see `interp.score`.
-        progress: Show a progress bar.
+        progress: Show a progress bar; or a function that is called after each batch.
 
     Returns:
         The run; `run.tree` is an ordinary `xr.DataTree`.
@@ -84,18 +95,22 @@ def trace(
     return run
 
 
-def _run_all(pipe: Any, planned: Plan, writer: RunWriter, progress: bool) -> None:
+def _run_all(pipe: Any, planned: Plan, writer: RunWriter, progress: bool | Callable[[BatchDone], None]) -> None:
     done = writer.status == 1
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**quiet, "disable": True})
     try:
-        with tqdm(total=len(planned), initial=int(done.sum()), unit="sample", disable=not progress) as bar:
+        with tqdm(total=len(planned), initial=int(done.sum()), unit="sample", disable=progress is not True) as bar:
             for batch in planned.batches:
                 waiting = [i for i in batch if not done[i]]
                 if waiting:
-                    bar.set_description(planned.layout.samples["condition"][batch[0]])
+                    condition = planned.layout.samples["condition"][batch[0]]
+                    bar.set_description(condition)
+                    began = time.perf_counter()
                     run_batch(pipe, planned, writer, batch, waiting)
                     bar.update(len(waiting))
+                    if callable(progress):
+                        progress(BatchDone(condition, len(batch), time.perf_counter() - began))
     finally:
         pipe.set_progress_bar_config(**quiet)
 

@@ -112,5 +112,3 @@ class UNetFamily(Family):
         if text.pooled is not None:
             changed["added_cond_kwargs"] = {**kwargs["added_cond_kwargs"], "text_embeds": text.pooled}
         return changed
-
-

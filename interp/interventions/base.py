@@ -128,7 +128,10 @@ def from_spec(spec: Mapping[str, Any]) -> Intervention:
 
 
 def check_all(
-    interventions: Sequence[Intervention], timeline: Timeline, table: Mapping[str, Sequence[Any]], guided: bool
+    interventions: Sequence[Intervention],
+    timeline: Timeline,
+    table: Mapping[str, Sequence[Any]],
+    guided: bool,
 ) -> None:
     """Check each intervention, and that no two claim the same thing in the same steps.
 

@@ -96,7 +96,9 @@ class _ReplaceText(Intervention):
         for site in chosen:
             module = hooks.family_module(site)
             if getattr(module, "fused_projections", False):
-                raise InterpError(f"{self!r} needs separate key and value projections; call pipe.unfuse_qkv_projections()")
+                raise InterpError(
+                    f"{self!r} needs separate key and value projections; call pipe.unfuse_qkv_projections()"
+                )
             for side in self.side:
                 hooks.write(
                     f"{site}.to_{side}:in",
@@ -127,7 +129,9 @@ class ReplaceEOS(_ReplaceText):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.align not in ("first_eos", "position"):
-            raise InterpError(f"{self!r}: align is 'first_eos' or 'position'{nearest(self.align, ['first_eos', 'position'])}")
+            raise InterpError(
+                f"{self!r}: align is 'first_eos' or 'position'{nearest(self.align, ['first_eos', 'position'])}"
+            )
 
     def claims(self) -> frozenset[str]:
         """The states at and after the first EOS."""

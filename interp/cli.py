@@ -1,0 +1,257 @@
+"""The command line: `interp demo · trace · score · probe · probes · sites · info · verify`.
+
+Exit codes: 0 done, 1 some samples failed, 2 the user's mistake (one sentence, no traceback).
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from interp.errors import InterpError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Trace, probe and intervene on text-to-image diffusion models. Start with: interp demo",
+)
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run that interp trace wrote, e.g. run.zarr.")]
+Model = Annotated[str, typer.Argument(help="'scenes' (bundled), a local diffusers folder, or a Hub id.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for run.zarr, the figures and index.html.")] = Path(
+        "demo"
+    ),
+) -> None:
+    """Trace, probe and intervene on the bundled model; writes a page of figures (a few minutes on two cores)."""
+    from interp.demo import run_demo
+
+    print(run_demo(out))
+
+
+@app.command()
+def trace(
+    model: Model,
+    prompts: Annotated[
+        list[str], typer.Argument(help="One or more prompts, or a .csv, .jsonl or .txt file with a column 'prompt'.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the run goes; a run that lies there is resumed.")],
+    seeds: Annotated[str, typer.Option(help="Seeds: '0', '0,1,7' or '0-3'.")] = "0",
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default is the model's own.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="HEIGHTxWIDTH", help="Picture size in pixels.")] = None,
+    negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
+    capture: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=VALUE", help="What to keep, e.g. heads=all (repeatable).")
+    ] = None,
+    intervene: Annotated[
+        list[str] | None,
+        typer.Option(metavar="'NAME FIELD=VALUE …'", help="e.g. 'remove_text start=0.6' (repeatable, in order)."),
+    ] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="'NAME: INTERVENTION; …'",
+            help="Several conditions with the same noise, e.g. 'baseline:' and 'late: remove_text start=0.6'.",
+        ),
+    ] = None,
+    score: Annotated[list[str] | None, typer.Option(help="Metric to add: clip, judge (repeatable).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples that run together; default: by device.")] = None,
+    plan_only: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its size; compute nothing.")] = False,
+) -> None:
+    """Generate pictures from prompts and record attention, latents and noise predictions into a run."""
+    import interp
+
+    table: Any = Path(prompts[0]) if len(prompts) == 1 and prompts[0].endswith((".csv", ".jsonl", ".txt")) else prompts
+    height, width = _size(size)
+    settings: dict[str, Any] = {
+        "seeds": _seeds(seeds),
+        "steps": steps,
+        "guidance_scale": guidance,
+        "height": height,
+        "width": width,
+        "negative_prompt": negative,
+        "capture": interp.Capture(**_assignments(capture or [])),
+        "interventions": [_intervention(text) for text in intervene] if intervene else None,
+        "conditions": _conditions(condition) if condition else None,
+        "batch_size": batch_size or "auto",
+    }
+    if plan_only:
+        print(interp.plan(model, table, **settings))
+        return
+    run = interp.trace(model, table, store=out, scores=score or (), **settings)
+    print(run.summary())
+
+
+@app.command()
+def score(
+    run: RunPath,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="clip, judge, or one with a column: clip:target (repeatable).")
+    ] = None,
+    clip_model: Annotated[str | None, typer.Option(help="Hub id of the CLIP for models other than scenes.")] = None,
+) -> None:
+    """Score a run's pictures against its texts and write the result into it."""
+    from interp.scoring import score as score_run
+
+    scores = score_run(run, metric or ("clip", "judge"), clip_model=clip_model).scores
+    print(scores.to_pandas().to_string(float_format="%.3f"))
+
+
+@app.command()
+def probe(
+    name: Annotated[str, typer.Argument(help="A probe (interp probes lists them), FILE.py or FILE.py:NAME.")],
+    run: RunPath,
+    param: Annotated[
+        list[str] | None, typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter (repeatable).")
+    ] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option("--out", "-o", help="Write .png, .csv or .zarr, by suffix (repeatable).")
+    ] = None,
+) -> None:
+    """Ask a question of a run; prints the labelled answer. A plain file is executed: run only what you trust."""
+    from interp.probes import plot
+    from interp.stores import open_run
+
+    for path in out or []:
+        if path.suffix not in (".png", ".csv", ".zarr"):
+            raise InterpError(f"cannot write {str(path)!r}: the suffix must be .png, .csv or .zarr")
+        if path.suffix == ".zarr" and path.exists():
+            raise InterpError(f"{str(path)!r} exists already; choose another path")
+    opened = open_run(run)
+    result = opened.probe(name, **_assignments(param or []))
+    print(result)
+    for path in out or []:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".png":
+            plot(result).savefig(path, dpi=150)
+        elif path.suffix == ".csv":
+            result.to_dataframe().to_csv(path)
+        else:
+            result.to_zarr(path, consolidated=False)
+        print(f"wrote {path}", file=sys.stderr)
+
+
+@app.command()
+def probes() -> None:
+    """List the installed probes."""
+    from interp.probes import list_probes
+
+    found = list_probes()
+    width = max((len(p.name) for p in found), default=0)
+    for p in found:
+        print(f"{p.name:<{width}}  {p.summary}\n{'':<{width}}  {p.source}")
+
+
+@app.command()
+def sites(
+    model: Model,
+    match: Annotated[str, typer.Option("--match", "-m", help="Glob over site names, e.g. '*attn2:probs'.")] = "*",
+) -> None:
+    """List every place of a model that can be recorded or changed: name, kind, shape of one sample."""
+    import interp
+
+    print(interp.sites(model, match))
+
+
+@app.command()
+def info(run: RunPath) -> None:
+    """Say what a run holds: samples, conditions, arrays, how it was made."""
+    from interp.stores import open_run
+
+    opened = open_run(run)
+    print(opened.summary())
+    raise typer.Exit(1 if (opened.samples["status"] == 2).any() else 0)
+
+
+@app.command()
+def verify(run: RunPath) -> None:
+    """Read every finished sample of a run and check shapes, checksums and finiteness."""
+    from interp.stores import open_run
+    from interp.stores import verify as verify_run
+
+    problems = verify_run(open_run(run))
+    for problem in problems:
+        print(problem)
+    print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'} found", file=sys.stderr)
+    raise typer.Exit(1 if problems else 0)
+
+
+def _assignments(texts: list[str]) -> dict[str, Any]:
+    """Read `name=value` pairs; values are YAML scalars or lists (`steps=[0, 5]`)."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise InterpError(f"cannot read {text!r}: write name=value")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InterpError(f"cannot read the value in {text!r}: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def _intervention(text: str) -> Any:
+    """Read `remove_text start=0.6`."""
+    from interp.interventions import from_spec
+
+    name, *fields = shlex.split(text) or [""]
+    return from_spec({"name": name, **_assignments(fields)})
+
+
+def _conditions(texts: list[str]) -> dict[str, list[Any]]:
+    """Read `late: remove_text start=0.6; replace_eos prompt={target}`."""
+    found: dict[str, list[Any]] = {}
+    for text in texts:
+        name, colon, rest = text.partition(":")
+        if not colon or not name.strip():
+            raise InterpError(f"cannot read the condition {text!r}: write 'name: intervention field=value; …'")
+        found[name.strip()] = [_intervention(part) for part in rest.split(";") if part.strip()]
+    return found
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        found: list[int] = []
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            found += range(int(first), int(last) + 1) if dash else [int(first)]
+        return found
+    except ValueError:
+        raise InterpError(f"cannot read the seeds {text!r}: write '0', '0,1,7' or '0-3'") from None
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    height, x, width = text.lower().partition("x")
+    if not (x and height.isdigit() and width.isdigit()):
+        raise InterpError(f"cannot read the size {text!r}: write HEIGHTxWIDTH, e.g. 512x768")
+    return int(height), int(width)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notices on optional packages are not our user's
+    try:
+        app()
+    except InterpError as error:
+        print(f"interp: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interp: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
