@@ -62,7 +62,9 @@ class Background:
             self.check()
 
     def next_label(self) -> str | None:
-        """Return the label of the job that comes next, None if none waits: lets a job leave work to its successor."""
+        """Return the label of the job that comes next, None if none waits: lets a job leave work to its
+        successor.
+        """
         with self._changed:
             return self._jobs[0].label if self._jobs else None
 

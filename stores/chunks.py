@@ -1,7 +1,9 @@
 """Where an array's values lie on disk: chunk shapes, shards, compression, and the Zarr v3 metadata saying so.
 
-Every chunk ends in a crc32c. The shapes are those measured best for both questions asked of attention, "one token
-at all steps" and "one step, all tokens": about ten steps, one branch, all layers, seven tokens, the whole grid.
+Every chunk ends in a crc32c. The shapes are those measured best for both questions asked of attention, "one
+token
+at all steps" and "one step, all tokens": about ten steps, one branch, all layers, seven tokens, the whole
+grid.
 """
 
 import math
@@ -39,7 +41,8 @@ class Placement:
 def batch_rows(batch: Iterable[int], limit: int = BATCH_ROWS) -> int:
     """Return the largest chunk of samples, at most `limit`, in which no two batches meet.
 
-    Workers own whole batches, so no two of them ever write one chunk. With equal batches that is the batch size;
+    Workers own whole batches, so no two of them ever write one chunk. With equal batches that is the batch
+    size;
     with none yet, as in a run that only grows (one writer), `limit`.
 
     >>> batch_rows([0, 0, 0, 0, 1, 1, 1, 1, 2])
@@ -99,7 +102,9 @@ def _itemsize(dtype: str) -> int:
 
 
 def fill_value(dtype: str) -> Any:
-    """Return what stands where nothing was written: NaN, 0 or "". Status, not the value, tells what is missing."""
+    """Return what stands where nothing was written: NaN, 0 or "". Status, not the value, tells what is
+    missing.
+    """
     if dtype == "str":
         return ""
     return np.dtype(dtype).type(np.nan if np.dtype(dtype).kind == "f" else 0)

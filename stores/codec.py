@@ -1,4 +1,6 @@
-"""Turn a chunk into the bytes that stock Zarr reads, and back: (blosc lz4 bitshuffle) + crc32c, little endian."""
+"""Turn a chunk into the bytes that stock Zarr reads, and back: (blosc lz4 bitshuffle) + crc32c, little
+endian.
+"""
 
 from typing import Any
 

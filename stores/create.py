@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from interp.stores.chunks import placement_of
-from interp.stores.disk import QUEUE_BYTES, DiskWriter, read_root
+from interp.stores.disk import QUEUE_BYTES, DiskWriter
 from interp.stores.errors import StoreError
 from interp.stores.files import plain
 from interp.stores.growth import stored_layout
+from interp.stores.identity import identify
 from interp.stores.layout_check import checked
 from interp.stores.memory import MemoryWriter
 from interp.stores.schema import Layout
 from interp.stores.skeleton import VOLATILE, build, fingerprint, nodes, read_table
-from interp.stores.table import FORMAT
 from interp.stores.writer import RunWriter
 
 
@@ -29,8 +29,10 @@ def create_run(
 ) -> RunWriter:
     """Create a run at `path` and return its writer; None keeps it in memory.
 
-    A run of the same plan (attrs["fingerprint"], or a fingerprint of the layout) is resumed: `writer.status` tells
-    which samples are done. A run that has grown since is resumed with all its samples. Anything else at `path`
+    A run of the same plan (attrs["fingerprint"], or a fingerprint of the layout) is resumed:
+    `writer.status` tells
+    which samples are done. A run that has grown since is resumed with all its samples. Anything else at
+    `path`
     raises StoreError and is left alone. At most `queue_bytes` wait to be written. `clean=False` leaves the
     unfinished files of other writers alone: for workers, after one process has created the run.
 
@@ -47,15 +49,17 @@ def create_run(
     if path is None:
         return MemoryWriter(layout)
     path = Path(path).absolute()
-    if (path.is_dir() and not any(path.iterdir())) or not os.path.lexists(path):
-        if build(path, layout):
-            return DiskWriter(path, layout, queue_bytes=queue_bytes, clean=False)
+    free = not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
+    if free and build(path, layout):
+        return DiskWriter(path, layout, queue_bytes=queue_bytes, clean=False)
     return DiskWriter(path, resumable(path, layout), queue_bytes=queue_bytes, clean=clean)
 
 
 def resumable(path: Path, layout: Layout) -> Layout:
-    """Return the layout of the run at `path` if it is of the same plan; else raise StoreError saying what is there."""
-    root = identify(path)
+    """Return the layout of the run at `path` if it is of the same plan; else raise StoreError saying what
+    is there.
+    """
+    root = identify(path, "nothing was touched; choose another path")
     there, asked = root["attributes"], plain(layout.attrs)
     listed = root["consolidated_metadata"]["metadata"]
     n = listed["sample"]["shape"][0]
@@ -72,25 +76,6 @@ def resumable(path: Path, layout: Layout) -> Layout:
             f"{path} holds a run of another plan ({shown}); choose another path, or ask for that plan"
         )
     return stored_layout(path, layout)
-
-
-def identify(path: Path) -> dict[str, Any]:
-    """Return the root metadata of the run at `path`; StoreError if something else is there."""
-    advice = "nothing was touched; choose another path"
-    if not path.is_dir():
-        raise StoreError(f"{path} is a file, not a run; {advice}")
-    if not (path / "zarr.json").is_file():
-        raise StoreError(f"{path} is a folder of something else, not a run; {advice}")
-    try:
-        root = read_root(path)
-        found = str(root.get("attributes", {}).get("format", ""))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-        raise StoreError(f"{path}/zarr.json cannot be read, so this is not a run; {advice}") from None
-    if not found.startswith("interp.run/"):
-        raise StoreError(f"{path} is a Zarr store, but not a run; {advice}")
-    if found != FORMAT:
-        raise StoreError(f"{path} is of format {found}, this version writes {FORMAT}; {advice}")
-    return root
 
 
 def _differences(

@@ -13,14 +13,17 @@ if TYPE_CHECKING:
 
 
 def describe(run: "Run") -> str:
-    """Return a newcomer's overview: samples by status, conditions, how it was made, every node with its dims."""
+    """Return a newcomer's overview: samples by status, conditions, how it was made, every node with its
+    dims.
+    """
     status = run.samples["status"].to_numpy()
     done, failed = int((status == DONE).sum()), int((status == FAILED).sum())
     counts = [f"{done} done"] + ([f"{failed} failed"] if failed else [])
     waiting = len(run) - done - failed
     counts += [f"{waiting} to do"] if waiting else []
+    size = _size(_bytes(run.tree))
     lines = [
-        f"<Run {run.path or 'in memory'}: {len(run)} samples ({', '.join(counts)}), {_size(_bytes(run.tree))}>",
+        f"<Run {run.path or 'in memory'}: {len(run)} samples ({', '.join(counts)}), {size}>",
         f"  conditions: {_shortened(run.conditions)}",
         f"  prompts: {run.samples['prompt_id'].nunique()}, seeds: {run.samples['seed'].nunique()}",
     ]
@@ -57,7 +60,9 @@ def _shortened(names: list[str], most: int = 6) -> str:
 
 
 def _value(value: object) -> str:
-    """Return an attribute on one line: a pipeline's or scheduler's class rather than its whole configuration."""
+    """Return an attribute on one line: a pipeline's or scheduler's class rather than its whole
+    configuration.
+    """
     if isinstance(value, dict):
         named = [str(value[k]) for k in ("class", "_class_name", "name", "id") if value.get(k)]
         return " ".join(named) or ", ".join(f"{k} {v}" for k, v in list(value.items())[:4])

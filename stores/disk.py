@@ -1,7 +1,6 @@
 """Write a run to a folder: steps are buffered to whole chunks, encoded and written in the background."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,10 @@ from interp.stores.codec import ChecksumError, decode, encode
 from interp.stores.errors import StoreError
 from interp.stores.files import PARTIAL, sweep, write_file
 from interp.stores.growth import grow_files
+from interp.stores.identity import read_root
 from interp.stores.schema import Layout, TokenTable
 from interp.stores.shards import ShardFile
 from interp.stores.skeleton import chunk_file
-from interp.stores.table import DONE
 from interp.stores.writer import RunWriter
 
 if TYPE_CHECKING:
@@ -126,14 +125,8 @@ class DiskWriter(RunWriter):
             self._background.submit(partial(self._write_sample, i, name, block), block.nbytes)
 
     def _is_batched(self, name: str) -> bool:
-        """Whether samples share this array's chunks; so they do, or could, if it is chunked as `status` is."""
-        place, status = self._places[name], self._places["status"]
-        if place.inner or place.outer[0] != status.outer[0]:
-            return False
-        return place.outer[0] > 1 or self._small(name)
-
-    def _small(self, name: str) -> bool:
-        return int(np.prod(self._arrays[name].sample_shape)) <= 64**2 * 3
+        """Whether samples share this array's chunks, which are then written along with `status`."""
+        return self._places[name].outer[0] > 1
 
     def _discard(self, i: int) -> None:
         self._forget(i)
@@ -146,10 +139,6 @@ class DiskWriter(RunWriter):
 
     def _finish(self, i: int, status: int, error: str) -> None:
         rows = self._rows.pop(i, {})
-        if status == DONE:
-            for name, array in self._arrays.items():
-                if array.optional and name not in rows and self._is_batched(name):
-                    rows[name] = np.full(array.sample_shape, fill_value(array.dtype))
         rows["error"] = np.array(error, object)
         size = sum(r.nbytes for r in rows.values())
         self._background.submit(partial(self._settle, i, status, rows), size, label="settle")
@@ -172,7 +161,7 @@ class DiskWriter(RunWriter):
             write_file(self._partial(name, i), target, data)
 
     def _settle(self, i: int, status: int, rows: dict[str, np.ndarray]) -> None:
-        """Make a sample's shards durable; its rows and status go with those of the samples right behind it."""
+        """Make a sample's shards durable; its rows and status go with those of the next samples in line."""
         for name in [name for j, name in self._shards if j == i]:
             with _naming(self._target(i, name)):
                 self._shards.pop((i, name)).finish()
@@ -205,6 +194,9 @@ class DiskWriter(RunWriter):
         self._settled.pop(i, None)
         for name in [name for j, name in self._shards if j == i]:
             self._shards.pop((i, name)).abandon()
+        for name in self._arrays:
+            if not self._is_batched(name):
+                self._target(i, name).unlink(missing_ok=True)
 
     def _target(self, i: int, name: str) -> Path:
         return chunk_file(self.path / name, i, len(self._places[name].outer))
@@ -217,12 +209,6 @@ def _read_chunk(file: Path, dtype: str, place: Placement) -> np.ndarray:
     if not file.exists():
         return np.full(place.outer, fill_value(dtype), object if dtype == "str" else dtype)
     return decode(file.read_bytes(), dtype, place.outer, compress=place.compress)
-
-
-def read_root(path: Path) -> dict[str, Any]:
-    """Return a run's root metadata, which hold all others."""
-    document: dict[str, Any] = json.loads((path / "zarr.json").read_text())
-    return document
 
 
 def read_status(path: Path, metadata: dict[str, Any]) -> np.ndarray:
@@ -250,6 +236,3 @@ def _naming(path: Path) -> Iterator[None]:
         raise StoreError(
             f"{path} could not be written: {cause}; mend that and run again, it resumes"
         ) from error
-
-
-Resume = Callable[[], None]

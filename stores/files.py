@@ -57,7 +57,9 @@ def write_json(folder: Path, document: dict[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` with nothing in it that JSON lacks: arrays become lists, non-finite floats become text."""
+    """Return `value` with nothing in it that JSON lacks: arrays become lists, non-finite floats become
+    text.
+    """
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -1,4 +1,6 @@
-"""Append samples to a run on disk: the rows first, then every shape at once, by swapping the root's metadata."""
+"""Append samples to a run on disk: the rows first, then every shape at once, by swapping the root's
+metadata.
+"""
 
 import json
 from collections.abc import Mapping

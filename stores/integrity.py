@@ -9,7 +9,7 @@ import xarray as xr
 
 from interp.stores.chunks import placement_of
 from interp.stores.codec import ChecksumError
-from interp.stores.disk import read_root
+from interp.stores.identity import read_root
 from interp.stores.shards import MISSING, read_index
 from interp.stores.skeleton import chunk_file
 from interp.stores.table import DONE, FAILED, Variable, find_variable
@@ -75,7 +75,8 @@ def _files(folder: Path, path: str, metadata: dict[str, Any], number: int) -> li
     expected = tuple(
         -(-size // chunk) for size, chunk in zip(metadata["shape"][1:], place.inner[1:], strict=True)
     )
-    holes = int((index[(0, *(slice(0, e) for e in expected))][..., 0] == MISSING).sum())
+    used = (slice(0, 1), *(slice(0, e) for e in expected))
+    holes = int((index[used][..., 0] == MISSING).sum())
     return [f"sample {number}: {path} lacks {holes} of its chunks"] if holes else []
 
 
@@ -97,6 +98,6 @@ def _not_finite(values: xr.DataArray, row: Variable) -> int:
     if row.nan == "unused token" and "token_role" in values.coords:
         bad = bad & (values["token_role"] != "")
     if row.nan == "other branch":
-        absent = np.isnan(values).all([d for d in values.dims if d not in ("step", "branch")])
+        absent = values.isnull().all([d for d in values.dims if d not in ("step", "branch")])
         bad = bad & ~(absent & ~absent.all("branch"))
     return int(bad.sum())

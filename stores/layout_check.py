@@ -27,7 +27,9 @@ _DTYPES = {
 
 
 def checked(layout: Layout) -> Layout:
-    """Return the layout with complete, typed sample columns and typed coordinates; raise StoreError if it cannot be."""
+    """Return the layout with complete, typed sample columns and typed coordinates; raise StoreError if it
+    cannot be.
+    """
     for column in ("prompt", "seed"):
         if column not in layout.samples:
             raise StoreError(
@@ -46,15 +48,19 @@ def checked(layout: Layout) -> Layout:
 
 
 def check_name(path: str) -> None:
-    """Raise StoreError unless every part of `path` is a plain name: nothing absolute, empty, hidden or `..`."""
+    """Raise StoreError unless every part of `path` is a plain name: nothing absolute, empty, hidden or
+    `..`.
+    """
     if not path or any(not _PART.fullmatch(part) for part in path.split("/")):
         raise StoreError(
-            f"{path!r} cannot name a part of a run; use letters, digits and _ + - . : in parts joined by single slashes"
+            f"{path!r} cannot name a part of a run; use letters, digits and _ + - . : joined by slashes"
         )
 
 
 def as_column(values: Any) -> np.ndarray:
-    """Return values as int64, float64 or text (object dtype); None becomes NaN among numbers and "" among text."""
+    """Return values as int64, float64 or text (object dtype); None becomes NaN among numbers and "" among
+    text.
+    """
     items = [v.item() if isinstance(v, np.generic) else v for v in np.asarray(values, object).tolist()]
     present = [v for v in items if v is not None and v == v]
     if present and all(isinstance(v, int) for v in present) and len(present) == len(items):

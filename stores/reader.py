@@ -13,9 +13,10 @@ import xarray as xr
 
 from interp.stores.describe import describe
 from interp.stores.errors import StoreError, nearest
+from interp.stores.identity import check_format, identify
 from interp.stores.scores import write_scores
 from interp.stores.select import positions, unstack
-from interp.stores.table import DONE, FORMAT, TOKEN_FILL
+from interp.stores.table import DONE, TOKEN_FILL
 
 _CAPTURED_BY = {
     "latents": "Capture(latents=True)",
@@ -35,31 +36,24 @@ def open_run(path: str | os.PathLike[str]) -> "Run":
     >>> run.attention("32x32").isel(sample=0).load()  # doctest: +SKIP
     """
     text = os.fspath(path)
-    remote = "://" in text
-    if not remote and not Path(text).exists():
-        raise StoreError(f"there is no run at {text}; give the folder that trace(store=...) wrote")
     advice = "give the folder that trace(store=...) wrote"
-    if not remote and not (Path(text) / "zarr.json").is_file():
-        what = "folder without a run" if Path(text).is_dir() else "file, not a run"
-        raise StoreError(f"{text} is a {what}; {advice}")
+    remote = "://" in text
+    if not remote:
+        identify(Path(text), advice)
     try:
         tree = xr.open_datatree(text, engine="zarr", chunks=None)
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(f"{text} could not be opened as a run: {error}; {advice}") from error
-    name, _, version = str(tree.attrs.get("format", "")).partition("/")
-    if name != FORMAT.partition("/")[0]:
-        raise StoreError(f"{text} is a Zarr store, but not a run; {advice}")
-    if version != FORMAT.partition("/")[2]:
-        raise StoreError(
-            f"{text} is of format {name}/{version}, but this version reads {FORMAT}; update interp"
-        )
+    check_format(text, str(tree.attrs.get("format", "unknown")))
     return Run(tree, text if remote else Path(text))
 
 
 class Run:
-    """A run of samples. `run.tree` is the whole of it, an ordinary `xr.DataTree`; the rest are shortcuts into it.
+    """A run of samples. `run.tree` is the whole of it, an ordinary `xr.DataTree`; the rest are shortcuts
+    into it.
 
-    Nothing is loaded until its values are asked for. A selection (`condition`, `sel`, `isel`, `done`) is a run again.
+    Nothing is loaded until its values are asked for. A selection (`condition`, `sel`, `isel`, `done`) is a
+    run again.
     """
 
     def __init__(
@@ -75,7 +69,7 @@ class Run:
     @property
     def attrs(self) -> dict[str, Any]:
         """What the run was made with: pipeline, scheduler, steps, capture, conditions, …."""
-        return dict(self.tree.attrs)
+        return {str(k): v for k, v in self.tree.attrs.items()}
 
     @cached_property
     def samples(self) -> pd.DataFrame:
@@ -96,7 +90,7 @@ class Run:
 
     @property
     def trajectory(self) -> xr.Dataset:
-        """Everything along the sampling trajectory: latents, noise_pred, guidance_scale, nfe and the steps."""
+        """All that goes along the trajectory: latents, noise_pred, guidance_scale, nfe and the steps."""
         return self._dataset("trajectory", "Capture(latents=True)")
 
     @property
@@ -121,7 +115,9 @@ class Run:
 
     @property
     def images(self) -> xr.DataArray:
-        """Images (sample, height, width, rgb) uint8; those of samples that are not done are black: use `run.done`."""
+        """Images (sample, height, width, rgb) uint8; those of samples that are not done are black: use
+        `run.done`.
+        """
         return self._array("images", "image")
 
     @property
@@ -139,14 +135,16 @@ class Run:
         return sorted(names, key=lambda g: -int(np.prod([int(p) for p in g.split("x")])))
 
     def attention(self, grid: str | None = None) -> xr.DataArray:
-        """Attention from image to text (sample, step, branch, layer, head, token, query_y, query_x) of one grid.
+        """Attention from image to text (sample, step, branch, layer, head, token, query_y, query_x) of one
+        grid.
 
         `grid` is `"<height>x<width>"`; it may be left out when there is just one.
         """
-        return self._labelled(self._attention_node(grid)["probs"])
+        return self._labelled(self._attention_node(grid).data_vars["probs"])
 
     def tokens(self, grid: str | None = None) -> xr.Dataset:
-        """The token table of a grid: token_text, token_id, token_role, token_word, token_count (sample, token).
+        """The token table of a grid: token_text, token_id, token_role, token_word, token_count (sample,
+        token).
 
         Without `grid` that of the finest: the tables of one run's grids agree.
         """
@@ -205,7 +203,8 @@ class Run:
         return self.isel(self.samples["status"].to_numpy() == DONE)
 
     def unstack(self) -> xr.DataTree:
-        """Return the tree with dims condition × prompt_id × seed in place of sample; dask arrays, loaded piece by piece.
+        """Return the tree with dims condition × prompt_id × seed in place of sample; dask arrays, loaded
+        piece by piece.
 
         Combinations that the run lacks are NaN. StoreError if two samples share one combination.
         """
@@ -216,7 +215,8 @@ class Run:
     def write_scores(self, metrics: Mapping[str, Any]) -> None:
         """Write scores, one value a sample of this run; metrics of that name are replaced, others kept.
 
-        On disk a reader sees all of it or nothing. In a selection the other samples' scores stay what they were.
+        On disk a reader sees all of it or nothing. In a selection the other samples' scores stay what they
+        were.
         """
         self.tree = write_scores(self.tree, self.path, self._rows, metrics)
 
@@ -235,16 +235,16 @@ class Run:
     # How shortcuts find things, and what they say when they do not
 
     def _dataset(self, node: str, field: str | None) -> xr.Dataset:
-        if node not in self.tree.groups and f"/{node}" not in self.tree.groups:
+        if node not in self.tree.children:
             raise self._lacking(node, field)
-        return self.tree[node].to_dataset(inherit=True)
+        return self.tree.children[node].to_dataset(inherit=True)
 
     def _array(self, node: str, name: str) -> xr.DataArray:
         field = _CAPTURED_BY.get(name, "Capture(latents=True)")
         found = self.tree.children.get(node)
         if found is None or name not in found.data_vars:
             raise self._lacking(name, field)
-        return self._labelled(found[name])
+        return self._labelled(found.data_vars[name])
 
     def _labelled(self, array: xr.DataArray) -> xr.DataArray:
         """Give the samples of `array` their condition, prompt_id and seed, not yet loaded."""
@@ -260,7 +260,7 @@ class Run:
         if grid is not None and grid not in grids:
             hint = nearest(grid, grids)
             raise StoreError(f"this run has no attention grid {grid!r}{hint}; it has: {', '.join(grids)}")
-        return self.tree[f"attention/{grid or grids[0]}"]
+        return self.tree.children["attention"].children[grid or grids[0]]
 
     def _lacking(self, name: str, field: str | None) -> StoreError:
         has = [

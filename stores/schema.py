@@ -43,7 +43,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Group:
-    """Arrays and coordinates of one node; coordinates are known beforehand, arrays arrive sample by sample."""
+    """Arrays and coordinates of one node: coordinates are known beforehand, arrays come with the samples."""
 
     arrays: dict[str, Array]
     coords: dict[str, Coord] = field(default_factory=dict)
@@ -52,7 +52,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything that is known before the first sample: the table of samples, the groups, the plan as attrs."""
+    """Everything that is known before the first sample: the table of samples, the groups, the plan as
+    attrs.
+    """
 
     samples: dict[str, Any]
     groups: dict[str, Group]
@@ -71,7 +73,8 @@ class Layout:
 class TokenTable:
     """Token columns of an attention or text group: arrays (sample, token).
 
-    `word` counts the words of the prompt from 0; `count` is how many tokens a column sums. Columns that a short
+    `word` counts the words of the prompt from 0; `count` is how many tokens a column sums. Columns that a
+    short
     prompt does not use hold text "", id -1, role "", word -1, count 0.
     """
 
@@ -102,7 +105,10 @@ class TokenTable:
     @property
     def width(self) -> int:
         """Number of columns."""
-        return int(np.shape(self.id)[1])
+        shape = np.shape(self.id)
+        if len(shape) != 2:
+            raise StoreError(f"a token table has columns of shape {shape}; make them (sample, token)")
+        return int(shape[1])
 
     def padded(self, width: int) -> "TokenTable":
         """Return the table widened to `width` columns by unused ones."""
@@ -170,7 +176,9 @@ def trajectory_group(
     latents: bool = True,
     attrs: Mapping[str, Any] | None = None,
 ) -> Group:
-    """Describe the node `trajectory` of `n` samples, one step a `timestep`; the five sequences are on `step`."""
+    """Describe the node `trajectory` of `n` samples, one step a `timestep`; the five sequences are on
+    `step`.
+    """
     steps = len(timestep)
     sizes = {"sample": n, "step": steps, "branch": 2, "channel": channel, "y": y, "x": x}
     kept = {
@@ -180,7 +188,12 @@ def trajectory_group(
         "guidance_scale": True,
         "nfe": True,
     }
-    coords = {"step": np.arange(steps), "timestep": timestep, "sigma": sigma, "alpha_bar": alpha_bar}
+    coords: dict[str, Any] = {
+        "step": np.arange(steps),
+        "timestep": timestep,
+        "sigma": sigma,
+        "alpha_bar": alpha_bar,
+    }
     coords |= {"data_scale": data_scale, "noise_scale": noise_scale, "branch": ["cond", "uncond"]}
     return _build("trajectory", sizes, {k: None for k, on in kept.items() if on}, coords, attrs)
 
@@ -202,7 +215,8 @@ def attention_group(
     text_attention: bool = False,
     attrs: Mapping[str, Any] | None = None,
 ) -> Group:
-    """Describe one grid (height, width): `probs` (sample, step, branch, layer, head, token, query_y, query_x).
+    """Describe one grid (height, width): `probs` (sample, step, branch, layer, head, token, query_y,
+    query_x).
 
     `self_attention=True` gives `probs` (…, query_y, query_x, key_y, key_x) and needs no tokens;
     `text_attention=True` (…, token, key_y, key_x), the text's view of a joint attention.
@@ -219,7 +233,7 @@ def attention_group(
     }
     sizes |= {"query_y": grid[0], "query_x": grid[1], "key_y": grid[0], "key_x": grid[1]}
     sizes |= {"token": tokens.width if tokens else 0}
-    coords = {"step": steps, "timestep": timestep, "sigma": sigma}
+    coords: dict[str, Any] = {"step": steps, "timestep": timestep, "sigma": sigma}
     coords |= {"branch": branches, "layer": layers, "head": heads}
     attrs = {"kind": kind, "normalised_over": "all keys"} | dict(attrs or {})
     keep = None if self_attention else tokens
@@ -238,9 +252,11 @@ def text_group(
     dtype: str = "float32",
     attrs: Mapping[str, Any] | None = None,
 ) -> Group:
-    """Describe `text/<encoder>`: embeddings (sample, branch, token, feature); `pooled` and `hidden` are sizes.
+    """Describe `text/<encoder>`: embeddings (sample, branch, token, feature); `pooled` and `hidden` are
+    sizes.
 
-    `pooled` (sample, branch, pooled_feature) and `hidden` (sample, branch, layer, token, feature) are kept if given.
+    `pooled` (sample, branch, pooled_feature) and `hidden` (sample, branch, layer, token, feature) are kept
+    if given.
     """
     sizes = {"sample": n, "branch": len(branches), "token": token, "feature": feature}
     sizes |= {"pooled_feature": pooled or 0, "layer": hidden or 0}
@@ -257,7 +273,9 @@ def thumb_factor(height: int, width: int) -> int:
 
 
 def images_group(n: int, height: int, width: int, *, attrs: Mapping[str, Any] | None = None) -> Group:
-    """Describe `images`: image (sample, height, width, rgb) and thumb; putting an image makes its thumb too."""
+    """Describe `images`: image (sample, height, width, rgb) and thumb; putting an image makes its thumb
+    too.
+    """
     factor = thumb_factor(height, width)
     sizes = {"sample": n, "height": height, "width": width, "rgb": 3}
     sizes |= {"thumb_y": max(1, height // factor), "thumb_x": max(1, width // factor)}
@@ -275,7 +293,9 @@ def site_group(
     dtype: str = "float32",
     attrs: Mapping[str, Any] | None = None,
 ) -> Group:
-    """Describe `sites/<name>`: value (sample, step, branch, *dims), `dims` and `shape` being the site's own."""
+    """Describe `sites/<name>`: value (sample, step, branch, *dims), `dims` and `shape` being the site's
+    own.
+    """
     group = _build("sites/site", {}, {}, {"step": steps, "timestep": timestep, "branch": branches}, attrs)
     full = ("sample", "step", "branch", *dims)
     group.arrays["value"] = Array(full, (n, len(steps), len(branches), *shape), dtype)

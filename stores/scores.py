@@ -1,4 +1,6 @@
-"""Add scores to a run: one chunk a metric, then the root's metadata, so that a reader sees all or nothing new."""
+"""Add scores to a run: one chunk a metric, then the root's metadata, so that a reader sees all or nothing
+new.
+"""
 
 import json
 from collections.abc import Mapping
@@ -44,8 +46,8 @@ def write_scores(
 def _with_scores(tree: xr.DataTree, new: dict[str, np.ndarray]) -> xr.DataTree:
     kept: dict[str, np.ndarray] = {}
     if SCORES_NODE in tree.children:
-        old = tree[SCORES_NODE]["score"]
-        kept = {str(m): v for m, v in zip(old["metric"].values, old.values.T, strict=True)}
+        old = tree.children[SCORES_NODE].to_dataset(inherit=False)
+        kept = {str(m): old["score"].values[:, k] for k, m in enumerate(old["metric"].values)}
     both = kept | new
     n = int(tree.sizes["sample"])
     values = np.stack(list(both.values()), 1) if both else np.empty((n, 0), "float32")
@@ -102,4 +104,4 @@ def _write(path: Path, rows: np.ndarray, new: dict[str, np.ndarray]) -> None:
     }
     for place, document in documents.items():
         write_json(path / place, document)
-    write_json(path, with_consolidated({k: v for k, v in root.items()}, {**listed, **documents}))
+    write_json(path, with_consolidated(root, {**listed, **documents}))

@@ -26,7 +26,9 @@ class ShardFile:
         self._offset = 0
 
     def add(self, start: int, block: np.ndarray) -> None:
-        """Encode and append `block`, one sample's steps from `start` on (dims without sample); whole inner chunks."""
+        """Encode and append `block`, one sample's steps from `start` on (dims without sample); whole inner
+        chunks.
+        """
         assert self.placement.inner is not None
         inner = self.placement.inner[1:]
         counts = [-(-size // chunk) for size, chunk in zip(block.shape, inner, strict=True)]

@@ -166,9 +166,10 @@ def _sync_all(folder: Path) -> None:
 def _forget_dead(path: Path) -> None:
     """Delete half-built runs of this name that dead processes of this machine left behind."""
     host = socket.gethostname()
-    for folder in path.parent.glob(f".{path.name}.{host}.*.creating"):
-        pid = folder.name.split(".")[-2]
-        if not pid.isdigit():
+    prefix, suffix = f".{path.name}.{host}.", ".creating"
+    for folder in path.parent.iterdir():
+        pid = folder.name.removeprefix(prefix).removesuffix(suffix)
+        if folder.name != f"{prefix}{pid}{suffix}" or not pid.isdigit():
             continue
         try:
             if int(pid) != os.getpid():

@@ -1,4 +1,6 @@
-"""`synthetic_run`: a run that looks like a model's, from a few lines of numpy; for tests, examples and probe authors."""
+"""`synthetic_run`: a run that looks like a model's, from a few lines of numpy; for tests, examples and
+probe authors.
+"""
 
 import os
 from collections.abc import Collection, Sequence
@@ -55,11 +57,14 @@ def synthetic_run(
     path: str | os.PathLike[str] | None = None,
     omit: Collection[str] = (),
 ) -> "Run":
-    """Make a deterministic run of `samples` images in each condition, in memory or at `path`, without a model.
+    """Make a deterministic run of `samples` images in each condition, in memory or at `path`, without a
+    model.
 
-    Latents are data_scale·x_0 + noise_scale·ε with smooth x_0; attention sums to 1 over tokens; prompts differ in
-    length, so that short ones leave token columns unused (role "", NaN). `heads` is `"mean"` or a number of heads;
-    `tokens="prompt"` sums the padding into one column, `"all"` keeps it apart. `omit` leaves parts out: latents,
+    Latents are data_scale·x_0 + noise_scale·ε with smooth x_0; attention sums to 1 over tokens; prompts
+    differ in
+    length, so that short ones leave token columns unused (role "", NaN). `heads` is `"mean"` or a number of
+    heads;
+    `tokens="prompt"` sums the padding into one column, `"all"` keeps it apart. `omit` leaves out: latents,
     noise_pred, attention, images, text.
 
     >>> run = synthetic_run(samples=2, steps=4)
@@ -184,7 +189,9 @@ class _Maker:
         return values
 
     def _attention(self, i: int, shape: tuple[int, ...]) -> np.ndarray:
-        """Return probabilities that sum to 1 over the used tokens; a strong BOS, padding weaker, words in places."""
+        """Return probabilities that sum to 1 over the used tokens; a strong BOS, padding weaker, words in
+        places.
+        """
         rng = self._rng(5, i, f"{shape[-2]}x{shape[-1]}")
         role = self.tokens.role[i]
         base = np.select([role == "bos", role == "word", role == "eos"], [2.5, 0.0, 0.5], 0.2)
@@ -206,9 +213,9 @@ class _Maker:
 
 def _smooth(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Draw fields (…, y, x) of unit deviation made of low frequencies."""
-    field = np.fft.fft2(rng.standard_normal(shape))
+    spectrum = np.fft.fft2(rng.standard_normal(shape))
     fy, fx = np.fft.fftfreq(shape[-2])[:, None], np.fft.fftfreq(shape[-1])
-    field = np.fft.ifft2(field * np.exp(-(fy**2 + fx**2) / 0.02)).real
+    field = np.fft.ifft2(spectrum * np.exp(-(fy**2 + fx**2) / 0.02)).real
     return field / np.maximum(field.std((-2, -1), keepdims=True), 1e-12)
 
 

@@ -117,17 +117,20 @@ def _trajectory() -> tuple[Variable, ...]:
     node, image = "trajectory", ("channel", "y", "x")
     data = "factor of the clean latents: x_t = data_scale·x_0 + noise_scale·ε, in the latents' units"
     return (
-        Variable(node, "latents", ("sample", "step", *image), _F4, "sample", "x_t entering the step", "1", nan="never"),
-        Variable(node, "final_latents", ("sample", *image), _F4, "sample", "latents after the last step", "1", nan="never"),
+        Variable(node, "latents", ("sample", "step", *image), _F4, "sample",
+                 "x_t entering the step", "1", nan="never"),
+        Variable(node, "final_latents", ("sample", *image), _F4, "sample",
+                 "latents after the last step", "1", nan="never"),
         Variable(node, "noise_pred", ("sample", "step", "branch", *image), _F4, "sample",
-                 "raw model output (ε, v or flow: see `prediction_type`); NaN where a branch was not evaluated",
+                 "raw model output (see `prediction_type`); NaN where a branch was not evaluated",
                  "1", nan="other branch"),
         Variable(node, "guidance_scale", ("sample", "step"), _F4, "batch", "guidance really applied", "1"),
         Variable(node, "nfe", ("sample", "branch"), _I4, "batch", "forward passes really run", "1"),
         *_steps(node, first="sampling step, 0 is the first and noisiest"),
-        Variable(node, "alpha_bar", ("step",), _F4, "table", "ᾱ of the step; NaN where it has no meaning", "1", True),
+        Variable(node, "alpha_bar", ("step",), _F4, "table", "ᾱ; NaN where it has no meaning", "1", True),
         Variable(node, "data_scale", ("step",), _F4, "table", data, "1", True, True, "never"),
-        Variable(node, "noise_scale", ("step",), _F4, "table", "factor of the noise ε, likewise", "1", True, True, "never"),
+        Variable(node, "noise_scale", ("step",), _F4, "table",
+                 "factor of the noise ε, likewise", "1", True, True, "never"),
         Variable(node, "branch", ("branch",), _STR, "table", "`cond`, `uncond`", "", True, True),
     )  # fmt: skip
 
@@ -145,7 +148,8 @@ def _attention() -> tuple[Variable, ...]:
                  "attention from image positions to image positions", "1", False, True, "never"),
         *_steps(own, first=captured), *_layers(own),
         Variable(back, "probs", (*_PER_HEAD, "token", *key), _HALF, "shard",
-                 "attention from tokens to image positions, in joint attention", "1", False, True, "unused token"),
+                 "attention from tokens to image positions, in joint attention",
+                 "1", False, True, "unused token"),
         *_steps(back, first=captured), *_layers(back), *_tokens(back),
     )  # fmt: skip
 
@@ -159,16 +163,19 @@ def _rest() -> tuple[Variable, ...]:
         *_steps(site, first="the captured sampling steps")[:2],
         Variable(site, "branch", ("branch",), _STR, "table", "`cond` or `uncond`", "", True, True),
         Variable(text, "embeddings", embedded, _REAL, "auto", "what the denoiser reads", "1"),
-        Variable(text, "pooled", ("sample", "branch", "pooled_feature"), _REAL, "auto", "pooled embedding", "1"),
+        Variable(text, "pooled", ("sample", "branch", "pooled_feature"), _REAL, "auto",
+                 "pooled embedding", "1"),
         Variable(text, "hidden", ("sample", "branch", "layer", "token", "feature"), _REAL, "auto",
                  "hidden states, embedding layer first", "1"),
         Variable(text, "branch", ("branch",), _STR, "table", "`cond` or `uncond`", "", True, True),
         *_tokens(text),
-        Variable("images", "image", ("sample", "height", "width", "rgb"), _U1, "sample", "the image", "1", False, True),
+        Variable("images", "image", ("sample", "height", "width", "rgb"), _U1, "sample",
+                 "the image", "1", False, True),
         Variable("images", "thumb", ("sample", "thumb_y", "thumb_x", "rgb"), _U1, "batch",
                  "the image, longest side at most 64", "1"),
-        Variable(SCORES_NODE, "score", ("sample", "metric"), _F4, "table", "written by `interp score`", "1", False, True),
-        Variable(SCORES_NODE, "metric", ("metric",), _STR, "table", "`<metric>:<column>`, as `clip:prompt`", "", True, True),
+        Variable(SCORES_NODE, "score", ("sample", "metric"), _F4, "table",
+                 "written by `interp score`, named `<metric>:<column>`", "1", False, True),
+        Variable(SCORES_NODE, "metric", ("metric",), _STR, "table", "as `clip:prompt`", "", True, True),
     )  # fmt: skip
 
 
@@ -179,12 +186,16 @@ ROOT_RESERVED = frozenset({"sample", "status", "error"}) | {v.node.split("/")[0]
 
 
 def find_variable(path: str) -> Variable | None:
-    """Return the table's row for a real path such as `attention/32x32/probs`, or None for an extra variable."""
+    """Return the table's row for a real path such as `attention/32x32/probs`, or None for an extra
+    variable.
+    """
     return next((v for v in TABLE if v.matches(path)), None)
 
 
 def node_rows(node: str) -> dict[str, Variable]:
-    """Return the rows of one node by variable name; `node` is real (`attention/8x8`) or a pattern, "" the root."""
+    """Return the rows of one node by variable name; `node` is real (`attention/8x8`) or a pattern, "" the
+    root.
+    """
     rows = {v.name: v for v in TABLE if v.node == node}
     if rows:
         return rows

@@ -8,9 +8,11 @@ _KNOWN_NODES = sorted({v.node for v in TABLE if v.node})
 
 
 def validate(tree: xr.DataTree) -> list[str]:
-    """Return what is wrong with a tree as a run of this format, one sentence a problem; an empty list if nothing is.
+    """Return what is wrong with a tree as a run of this format, one sentence a problem; an empty list if
+    nothing is.
 
-    Dims, dtypes, required variables and token roles are checked; the bulk of the data is not read (see `verify`).
+    Dims, dtypes, required variables and token roles are checked; the bulk of the data is not read (see
+    `verify`).
 
     >>> from interp.stores import synthetic_run
     >>> validate(synthetic_run().tree)
@@ -38,10 +40,10 @@ def _node(node: xr.DataTree) -> list[str]:
             problems.append(f"{name or 'the root'} lacks {row.name} {row.dims}")
     for key, variable in data.variables.items():
         path = f"{name}/{key}" if name else str(key)
-        row = find_variable(path)
-        if row is not None:
-            problems += _variable(path, variable, row)
-            if row.coord and str(key) not in data.coords:
+        known = find_variable(path)
+        if known is not None:
+            problems += _variable(path, variable, known)
+            if known.coord and str(key) not in data.coords:
                 problems.append(f"{path} should open as a coordinate")
     if "token_role" in data.coords:
         strange = {str(r) for r in data["token_role"].values.ravel()} - {"", *ROLES}

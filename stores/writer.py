@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from interp.stores.chunks import fill_value
 from interp.stores.errors import StoreError, nearest
 from interp.stores.schema import Array, Layout, TokenTable, thumb_factor
 from interp.stores.table import DONE, FAILED, TODO
@@ -32,14 +33,18 @@ class RunWriter:
 
     @property
     def status(self) -> np.ndarray:
-        """Status of every sample, int8 (sample,): 0 to do, 1 done, 2 failed; a commit counts once it is durable."""
+        """Status of every sample, int8 (sample,): 0 to do, 1 done, 2 failed; a commit counts once it is
+        durable.
+        """
         return self._status.copy()
 
     def __len__(self) -> int:
         return len(self._status)
 
     def begin(self, i: int) -> None:
-        """Start sample `i`; whatever an earlier attempt left of it is dropped. A finished sample is refused."""
+        """Start sample `i`; whatever an earlier attempt left of it is dropped. A finished sample is
+        refused.
+        """
         if not 0 <= i < len(self):
             raise StoreError(
                 f"sample {i} was begun, but the run has {len(self)}, numbered from 0; grow it first"
@@ -64,7 +69,9 @@ class RunWriter:
         progress[name] = step + 1
 
     def put(self, i: int, name: str, value: Any) -> None:
-        """Write array `name` of sample `i` whole: its dims without sample. An image's thumb is made along with it."""
+        """Write array `name` of sample `i` whole: its dims without sample. An image's thumb is made along
+        with it.
+        """
         array, progress = self._array(name), self._begun(i)
         if progress.get(name):
             raise StoreError(f"{name} of sample {i} was already written; begin({i}) again to start over")
@@ -75,17 +82,24 @@ class RunWriter:
             self.put(i, "images/thumb", thumbnail(value))
 
     def commit(self, i: int) -> None:
-        """Finish sample `i`: data first, then its status. StoreError if an array that is not optional is incomplete."""
+        """Finish sample `i`: data first, then its status. StoreError if an array that is not optional is
+        incomplete.
+        """
         progress = self._begun(i)
-        lacking = []
+        lacking, absent = [], []
         for name, array in self._arrays.items():
             wanted, found = array.steps or 1, progress.get(name, 0)
             if found < wanted and (found or not array.optional):
                 lacking.append(f"{name} ({found} of {wanted} steps)" if array.steps else name)
+            elif not found:
+                absent.append(name)
         if lacking:
             raise StoreError(
                 f"sample {i} cannot be committed: it lacks {', '.join(lacking)}; write these first"
             )
+        for name in absent:  # a chunk that is missing always means damage
+            array = self._arrays[name]
+            self._put(i, name, np.full(array.sample_shape, fill_value(array.dtype)))
         del self._progress[i]
         self._finish(i, DONE, "")
 
@@ -98,7 +112,8 @@ class RunWriter:
         self._finish(i, FAILED, str(error))
 
     def grow(self, samples: Mapping[str, Any], tokens: Mapping[str, TokenTable] | None = None) -> range:
-        """Append samples: their columns, and for each group with tokens (`"attention/8x8"`) a table; return numbers.
+        """Append samples: their columns, and for each group with tokens (`"attention/8x8"`) a table; return
+        numbers.
 
         For one process alone. A table with more token columns than the run has is refused.
         """
@@ -108,7 +123,9 @@ class RunWriter:
         """Wait until all that was handed over is durable; raise the writer's error if there was one."""
 
     def close(self) -> None:
-        """Finish writing; raise the writer's error if there was one. Samples begun but not committed are dropped."""
+        """Finish writing; raise the writer's error if there was one. Samples begun but not committed are
+        dropped.
+        """
 
     @property
     def run(self) -> "Run":
@@ -172,7 +189,7 @@ def to_do(status: np.ndarray) -> np.ndarray:
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
-    """Shrink an image (height, width, rgb) by a whole factor, averaging, until its longest side is at most 64."""
+    """Shrink an image (height, width, rgb) by averaging over whole blocks; longest side at most 64."""
     factor = thumb_factor(*image.shape[:2])
     height, width = max(1, image.shape[0] // factor), max(1, image.shape[1] // factor)
     blocks = image[: height * factor, : width * factor]

@@ -1,0 +1,198 @@
+"""What every way of writing a run must satisfy, for tests of a writer; `synthetic_run` for tests of a reader.
+
+```python
+from interp.stores.testing import RunStoreTests
+
+class TestMyWriter(RunStoreTests):
+    @pytest.fixture
+    def make_writer(self, tmp_path):
+        return lambda layout: create_run(tmp_path / "run.zarr", layout)
+```
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from interp.stores.errors import StoreError
+from interp.stores.integrity import verify
+from interp.stores.schema import Layout, TokenTable, attention_group, images_group, trajectory_group
+from interp.stores.synthetic import synthetic_run
+from interp.stores.table import DONE, FAILED, TODO
+from interp.stores.validation import validate
+from interp.stores.writer import RunWriter
+
+__all__ = ["RunStoreTests", "small_layout", "small_values", "synthetic_run", "write_sample"]
+
+MakeWriter = Callable[[Layout], RunWriter]
+
+
+def small_tokens(n: int, width: int = 3) -> TokenTable:
+    """Return a token table of `n` samples: bos, words, eos."""
+    role = ["bos", *["word"] * (width - 2), "eos"]
+    word = [-1, *range(width - 2), -1]
+    text = [f"t{k}" for k in range(width)]
+    rows = [np.broadcast_to(np.array(r), (n, width)) for r in (text, range(width), role, word, [1] * width)]
+    return TokenTable(*rows)
+
+
+def small_layout(n: int = 3, steps: int = 13, **attrs: object) -> Layout:
+    """Return the layout of a run with a trajectory, one attention grid and images."""
+    ramp = np.linspace(0.1, 0.9, steps)
+    axes: dict[str, Any] = {"timestep": np.arange(steps)[::-1], "sigma": ramp}
+    groups = {
+        "trajectory": trajectory_group(
+            n, **axes, alpha_bar=ramp, data_scale=ramp, noise_scale=1 - ramp, channel=2, y=4, x=4
+        ),
+        "attention/4x4": attention_group(
+            n, kind="cross", grid=(4, 4), layers=["a:probs", "b:probs"], heads=["mean"], branches=["cond"],
+            steps=np.arange(steps), tokens=small_tokens(n), **axes,
+        ),
+        "images": images_group(n, 8, 8),
+    }  # fmt: skip
+    columns = {
+        "prompt": [f"prompt {i}" for i in range(n)],
+        "seed": list(range(n)),
+        "batch": [i // 2 for i in range(n)],
+    }
+    return Layout(columns, groups, {"steps": steps} | attrs)
+
+
+def small_values(layout: Layout, i: int) -> dict[str, np.ndarray]:
+    """Return values for sample `i` that depend on nothing else."""
+    values = {}
+    for name, array in layout.arrays.items():
+        draw = np.random.default_rng([i, *name.encode()]).uniform(
+            0, 200 if array.dtype[0] in "ui" else 1, array.shape[1:]
+        )
+        values[name] = draw.astype(array.dtype)
+    return values
+
+
+def write_sample(writer: RunWriter, i: int, *, stepwise: bool = True) -> None:
+    """Write and commit sample `i` of a small layout, a step at a time where there are steps."""
+    writer.begin(i)
+    for name, value in small_values(writer.layout, i).items():
+        if name == "images/thumb":
+            continue
+        if stepwise and writer.layout.arrays[name].steps:
+            for block in value:
+                writer.append(i, name, block)
+        else:
+            writer.put(i, name, value)
+    writer.commit(i)
+
+
+class RunStoreTests:
+    """Tests of the writer that the fixture `make_writer` (layout → RunWriter) makes; subclass and give it."""
+
+    def test_a_new_run_is_all_to_do(self, make_writer: MakeWriter) -> None:
+        """Nothing is done in a new run, and it is valid already."""
+        with make_writer(small_layout()) as writer:
+            assert list(writer.status) == [TODO] * 3
+            assert validate(writer.run.tree) == []
+
+    @pytest.mark.parametrize("stepwise", [True, False])
+    def test_what_is_written_is_read(self, make_writer: MakeWriter, stepwise: bool) -> None:
+        """Every value comes back, whether appended or put."""
+        layout = small_layout()
+        with make_writer(layout) as writer:
+            for i in range(3):
+                write_sample(writer, i, stepwise=stepwise)
+        assert list(writer.status) == [DONE] * 3
+        assert verify(writer.run) == []
+        for i in range(3):
+            for name, value in small_values(layout, i).items():
+                if name != "images/thumb":
+                    np.testing.assert_array_equal(writer.run.tree[name].isel(sample=i), value)
+
+    def test_what_was_not_written_is_nan(self, make_writer: MakeWriter) -> None:
+        """A sample that is not done reads as NaN, not as 0."""
+        with make_writer(small_layout()) as writer:
+            write_sample(writer, 1)
+        latents = writer.run.latents
+        assert np.isnan(latents.isel(sample=[0, 2])).all()
+        assert np.isfinite(latents.isel(sample=1)).all()
+        assert len(writer.run.done) == 1
+
+    def test_an_incomplete_sample_is_not_committed(self, make_writer: MakeWriter) -> None:
+        """Commit names what is missing, and the sample can go on."""
+        with make_writer(small_layout()) as writer:
+            writer.begin(0)
+            writer.append(0, "trajectory/latents", np.zeros((2, 4, 4)))
+            with pytest.raises(StoreError, match=r"trajectory/latents \(1 of 13 steps\)"):
+                writer.commit(0)
+            assert writer.status[0] == TODO
+
+    def test_a_failed_sample_says_why_and_can_be_tried_again(self, make_writer: MakeWriter) -> None:
+        """A failure is recorded; beginning again starts over."""
+        with make_writer(small_layout()) as writer:
+            writer.begin(0)
+            writer.append(0, "trajectory/latents", np.ones((2, 4, 4)))
+            writer.fail(0, "out of memory")
+            writer.drain()
+            assert writer.status[0] == FAILED
+            assert writer.run.samples.loc[0, "error"] == "out of memory"
+            write_sample(writer, 0)
+        assert verify(writer.run) == []
+        assert writer.run.samples.loc[0, "error"] == ""
+
+    def test_the_callers_buffer_may_be_reused(self, make_writer: MakeWriter) -> None:
+        """What is handed over is copied."""
+        block = np.empty((2, 4, 4), "float32")
+        with make_writer(small_layout(n=1)) as writer:
+            write_sample(writer, 0)
+        with make_writer(small_layout(n=1, again=True)) as writer:
+            writer.begin(0)
+            for step in range(13):
+                block[:] = step
+                writer.append(0, "trajectory/latents", block)
+            for name, value in small_values(writer.layout, 0).items():
+                if name not in ("trajectory/latents", "images/thumb"):
+                    writer.put(0, name, value)
+                    value[...] = 0
+            writer.commit(0)
+        np.testing.assert_array_equal(writer.run.latents.values[0, :, 0, 0, 0], np.arange(13))
+
+    def test_a_run_grows(self, make_writer: MakeWriter) -> None:
+        """Samples are appended at the end; those before stay as they are."""
+        with make_writer(small_layout(n=1)) as writer:
+            write_sample(writer, 0)
+            new = writer.grow({"prompt": ["x", "y"], "seed": [7, 8]}, {"attention/4x4": small_tokens(2)})
+            assert list(new) == [1, 2]
+            for i in new:
+                write_sample(writer, i)
+            assert list(writer.run.samples["seed"]) == [0, 7, 8]
+        assert verify(writer.run) == []
+        assert len(writer.run.done) == 3
+
+    @pytest.mark.parametrize(
+        ("mistake", "says"),
+        [
+            (lambda w: w.begin(3), "sample 3 was begun, but the run has 3"),
+            (lambda w: w.append(0, "trajectory/latents", 0), "call begin"),
+            (
+                lambda w: (w.begin(0), w.append(0, "trajectory/latent", 0)),
+                "did you mean 'trajectory/latents'",
+            ),
+            (lambda w: (w.begin(0), w.append(0, "trajectory/latents", np.zeros(3))), r"\(2, 4, 4\)"),
+            (lambda w: (w.begin(0), w.append(0, "images/image", 0)), "use put"),
+            (lambda w: w.commit(0), "call begin"),
+        ],
+    )
+    def test_mistakes_are_named(
+        self, make_writer: MakeWriter, mistake: Callable[[RunWriter], object], says: str
+    ) -> None:
+        """Each mistake raises StoreError with what is needed to mend it."""
+        with make_writer(small_layout()) as writer, pytest.raises(StoreError, match=says):
+            mistake(writer)
+
+    def test_a_finished_sample_is_not_begun_again(self, make_writer: MakeWriter) -> None:
+        """What is done stays."""
+        with make_writer(small_layout()) as writer:
+            write_sample(writer, 0)
+            writer.drain()
+            with pytest.raises(StoreError, match="already done"):
+                writer.begin(0)
