@@ -107,7 +107,7 @@ class HookRegistry:
         self._clock: Clock | None = None
         self._call: DenoiserCall | None = None
 
-    # What to watch -------------------------------------------------------------------------------------------------
+    # What to watch
 
     def read(self, site: str, fn: SiteFunction) -> list[str]:
         """Call `fn(tensor, at)` with each tensor that passes at `site`; return the sites that matched."""
@@ -146,7 +146,7 @@ class HookRegistry:
                 self._hook_site(name)
         return found
 
-    # Being active ----------------------------------------------------------------------------------------------------
+    # Being active
 
     def __enter__(self) -> "HookRegistry":
         if self._undo:
@@ -173,7 +173,7 @@ class HookRegistry:
         root, _, rest = path.partition(".")
         return getattr(self.pipe, root).get_submodule(rest)
 
-    # The denoiser -----------------------------------------------------------------------------------------------------
+    # The denoiser
 
     def _denoise(self, module: torch.nn.Module, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         clock = self._clock
@@ -217,7 +217,7 @@ class HookRegistry:
         for fn in self._step_ends:
             fn(end)
 
-    # Sites ---------------------------------------------------------------------------------------------------------------
+    # Sites
 
     def _hook_site(self, site: str) -> None:
         path, quantity = split_site(site)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from interp.capture import Capture
-from interp.clock import StepEnd
 from interp.catalog import text_length
+from interp.clock import StepEnd
 from interp.errors import InterpError
 from interp.families import find_family
 from interp.hooks import At, DenoiserCall, HookRegistry, Prediction
@@ -85,7 +85,7 @@ class Recorder:
         for i in sorted(self.waiting):
             self.writer.begin(i)
 
-    # What passes by --------------------------------------------------------------------------------------------------
+    # What passes by
 
     def _on_attention(self, kernel: AttentionCall, call: DenoiserCall) -> None:
         if call.step in self._kept and call.evaluation == 0 and kernel.call == 0:
@@ -174,7 +174,7 @@ class Recorder:
                 if i in self.waiting:
                     self.writer.append(i, name, value)
 
-    # The end -----------------------------------------------------------------------------------------------------------
+    # The end
 
     def finish(self, images: np.ndarray | None) -> None:
         """Write what is known at the end, and commit.

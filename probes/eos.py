@@ -249,7 +249,7 @@ def _latent_distance(run: Run, pairing: Pairing) -> np.ndarray:
             if j >= 0:
                 other = latents.isel(sample=int(j)).values.astype(np.float64)
                 gap, size = (np.sqrt((field**2).sum((1, 2, 3))) for field in (mine - other, other))
-                result[p, :, r] = gap / size
+                result[p, :, r] = gap / np.where(size > 0, size, np.nan)
     return result
 
 

@@ -128,10 +128,10 @@ def frequency_energy(
         reference = band_norms(x0[None], low)
         for name, field in zip(NORMS, (x, part, x - part), strict=True):
             numbers[name][i] = band_norms(field, low)
-        numbers["variation"][i] = band_norms(x - x0, low) / reference
-        numbers["noising_variation"][i] = (
-            band_norms((data_scale - 1) * x0 + noise_scale * noise, low) / reference
-        )
+        noised_again = data_scale * x0 + noise_scale * noise
+        with np.errstate(invalid="ignore", divide="ignore"):  # a band in which x_0 is empty has no ratio
+            numbers["variation"][i] = band_norms(x - x0, low) / reference
+            numbers["noising_variation"][i] = band_norms(noised_again - x0, low) / reference
     dims = ("sample", "step", "band")
     variables: dict[str, Any] = {
         name: (

@@ -112,9 +112,7 @@ def sd2() -> StableDiffusionPipeline:
     """Stable Diffusion 2.x: v-prediction, padding with '!'."""
     torch.manual_seed(0)
     tok = tokenizer(pad="!")
-    scheduler = DDIMScheduler(
-        **_SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"
-    )
+    scheduler = DDIMScheduler(**_SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction")
     return _sd(tok, scheduler, use_linear_projection=True, attention_head_dim=(2, 4))
 
 
