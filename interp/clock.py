@@ -57,6 +57,7 @@ def timeline(scheduler: Any, steps: int, device: Any = "cpu") -> Timeline:
     flow = "flow" in str(copy.config.get("prediction_type", "")) or "FlowMatch" in type(copy).__name__
     sigmas = getattr(copy, "sigmas", None)
     if flow:
+        assert sigmas is not None
         sigma = np.asarray(sigmas.detach().cpu().double())[:-1][:: max(order, 1)][: len(times)]
         return Timeline(times, sigma, (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2), 1 - sigma, sigma)
     table = copy.alphas_cumprod.detach().cpu().double().numpy()

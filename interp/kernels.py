@@ -156,9 +156,9 @@ class KernelObserver:
             # (rows·head, query, key), whole or, with attention slicing, some of it at a time
             frame.pieces.append(probs)
             frame.calls += 1
-            if sum(len(p) for p in frame.pieces) < frame.rows * attn.heads:
+            if sum(len(p) for p in frame.pieces) < frame.rows * int(attn.heads):
                 return probs
-            whole = torch.cat(frame.pieces).unflatten(0, (frame.rows, attn.heads))
+            whole = torch.cat(frame.pieces).unflatten(0, (frame.rows, int(attn.heads)))
             sliced, frame.pieces = len(frame.pieces) > 1, []
             edited = frame.on_call(AttentionCall(frame.site, None, None, probs=whole))
             if edited is None:
@@ -171,11 +171,11 @@ class KernelObserver:
             return edited.flatten(0, 1).to(probs.dtype)
 
         F.scaled_dot_product_attention = observed_sdpa
-        Attention.get_attention_scores = observed_scores  # type: ignore[method-assign]
+        Attention.get_attention_scores = observed_scores
 
         def restore() -> None:
             F.scaled_dot_product_attention = sdpa
-            Attention.get_attention_scores = scores  # type: ignore[method-assign]
+            Attention.get_attention_scores = scores
 
         self._undo.append(restore)
 

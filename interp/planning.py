@@ -1,37 +1,23 @@
 """The plan of a run: everything that is decided before the first denoiser call, and what it will cost."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from interp.capture import Capture
-from interp.catalog import attention_sites, dry_run, match_sites, text_length
 from interp.clock import Timeline, timeline
 from interp.errors import InterpError
 from interp.families import AttentionSite, Family, find_family
 from interp.interventions import Intervention, check_all
+from interp.layouts import SiteCapture, captured_sites, run_attrs, run_groups
 from interp.loading import origin
 from interp.prompts import PromptTable, prompt_table
-from interp.stores import Array, Group, Layout, TokenTable
-from interp.stores.schema import attention_group, images_group, site_group, text_group, trajectory_group
+from interp.stores import Array, Layout
 from interp.tokens import Tokens, TokenSelection, select_tokens, tokenize
 
 Conditions = Mapping[str, Sequence[Intervention]]
-
-
-@dataclass(frozen=True)
-class SiteCapture:
-    """A module output to keep: its site and one sample's dims and shape."""
-
-    site: str
-    dims: tuple[str, ...]
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -184,8 +170,8 @@ def assemble(
     attention, sites = captured_sites(family, capture, height, width)
     layout = Layout(
         samples=samples,
-        groups=_groups(family, capture, times, selection.table, attention, sites, height, width, n),
-        attrs=_attrs(pipe, family, capture, conditions, steps, guidance, height, width, dict(options or {})),
+        groups=run_groups(family, capture, times, selection.table, attention, sites, height, width, n),
+        attrs=run_attrs(pipe, family, capture, conditions, steps, guidance, height, width, dict(options or {})),
     )
     guided = family.guided(guidance)
     passes = {name: _passes(changes, times, guided) for name, changes in conditions.items()}
@@ -261,138 +247,3 @@ def _passes(changes: Sequence[Intervention], times: Timeline, guided: bool) -> i
     policies = [(c.steps(times), kept) for c in changes if (kept := c.branches()) is not None]
     full = 2 if guided else 1
     return sum(min([len(kept) for steps, kept in policies if i in steps] or [full]) for i in range(len(times)))
-
-
-def captured_sites(
-    family: Family, capture: Capture, height: int, width: int
-) -> tuple[list[AttentionSite], list[SiteCapture]]:
-    """Return the attention sites (with their grids) and module sites that a capture selects."""
-    shapes, grids = dry_run(family, height, width)
-    attention = [
-        AttentionSite(s.name, s.module, s.kind, s.heads, grids[s.name])
-        for s in capture.chosen_attention(attention_sites(family))
-    ]
-    sites = []
-    for pattern in capture.sites:
-        for site in match_sites(family, pattern):
-            path, _, quantity = site.partition(":")
-            if quantity != "out" or path not in shapes:
-                raise InterpError(
-                    f"Capture(sites={pattern!r}) asks for {site!r}; modules of the denoiser can be kept by their output "
-                    "('…:out'), attention by Capture(attention=…), anything else with interp.HookRegistry"
-                )
-            dims = {1: ("feature",), 2: ("position", "feature"), 3: ("channel", "y", "x")}.get(len(shapes[path]))
-            if dims is None:
-                raise InterpError(f"{site!r} has shape {shapes[path]}, which has no labels; read it with HookRegistry")
-            sites.append(SiteCapture(site, dims, shapes[path]))
-    return attention, sites
-
-
-def _groups(
-    family: Family, capture: Capture, times: Timeline, tokens: TokenTable, attention: list[AttentionSite],
-    sites: list[SiteCapture], height: int, width: int, n: int,
-) -> dict[str, Group]:  # fmt: skip
-    channel, y, x = family.latent_shape(height, width)
-    groups = {
-        "trajectory": trajectory_group(
-            n, timestep=times.timestep, sigma=times.sigma, alpha_bar=times.alpha_bar, data_scale=times.data_scale,
-            noise_scale=times.noise_scale, channel=channel, y=y, x=x, noise_pred=capture.noise_pred, latents=capture.latents,
-        )
-    }  # fmt: skip
-    kept = capture.chosen_steps(len(times))
-    timing: dict[str, Any] = {"steps": kept, "timestep": times.timestep[kept]}
-    for name, members in attention_groups(attention).items():
-        heads = capture.chosen_heads(members[0].heads)
-        if capture.heads != "mean" and len({s.heads for s in members}) > 1:
-            raise InterpError(
-                f"the layers at {name} have different numbers of heads; capture heads='mean', or one layer"
-            )
-        groups[name] = attention_group(
-            n, kind=members[0].kind, grid=members[0].grid, layers=[s.name for s in members],
-            heads=["mean"] if capture.heads == "mean" else [str(h) for h in heads], branches=capture.branches,
-            sigma=times.sigma[kept], tokens=tokens, dtype=capture.dtype, self_attention=members[0].kind == "self", **timing,
-        )  # fmt: skip
-    for site in sites:
-        groups[site_node(site.site)] = site_group(
-            n,
-            dims=site.dims,
-            shape=site.shape,
-            branches=capture.branches,
-            attrs={"site": site.site},
-            **timing,
-        )
-    if capture.text:
-        width_of = int(family.dry_inputs(height, width).kwargs["encoder_hidden_states"].shape[-1])
-        length = len(tokens.id[0]) if capture.tokens == "all" else text_length(family)
-        groups["text/" + next(iter(family.text_encoders))] = text_group(
-            n, branches=["cond", "uncond"], token=length, feature=width_of
-        )
-    if capture.image:
-        groups["images"] = images_group(n, height, width)
-    return groups
-
-
-def attention_groups(attention: list[AttentionSite]) -> dict[str, list[AttentionSite]]:
-    """Sort attention sites into the store's groups, one a kind and grid."""
-    groups: dict[str, list[AttentionSite]] = {}
-    for site in attention:
-        node = "self_attention" if site.kind == "self" else "attention"
-        groups.setdefault(f"{node}/{site.grid[0]}x{site.grid[1]}", []).append(site)
-    return groups
-
-
-def site_node(site: str) -> str:
-    """Return the store's group of a module site: `sites/unet.mid_block`."""
-    return f"sites/{site.partition(':')[0]}"
-
-
-def _attrs(
-    pipe: Any, family: Family, capture: Capture, conditions: Mapping[str, Sequence[Intervention]], steps: int,
-    guidance: float, height: int, width: int, options: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    scheduler = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
-    return {
-        "pipeline": {
-            "class": type(pipe).__name__,
-            **origin(pipe),
-            "config_hash": _config_hash(pipe),
-            "family": family.name,
-        },
-        "weights_hash": _weights_hash(family.denoiser),
-        "scheduler": {
-            "class": type(pipe.scheduler).__name__,
-            **json.loads(json.dumps(scheduler, default=str)),
-        },
-        "steps": steps,
-        "size": [height, width],
-        "guidance_scale": guidance,
-        "dtype": str(family.denoiser.dtype).removeprefix("torch."),
-        "device": pipe.device.type,
-        "pipeline_options": options,
-        "capture": capture.spec(),
-        "conditions": {name: [c.spec() for c in changes] for name, changes in conditions.items()},
-        "prediction_type": str(scheduler.get("prediction_type", "epsilon")),
-        "versions": {p: version(p) for p in ("interp-diffusion", "torch", "diffusers", "transformers")},
-    }
-
-
-def _config_hash(pipe: Any) -> str:
-    parts = {}
-    for name, part in pipe.components.items():
-        config = getattr(part, "config", None)
-        if config is not None and name != "scheduler":
-            values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-            parts[name] = {k: v for k, v in values.items() if not k.startswith("_") and "version" not in k}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-@torch.no_grad()
-def _weights_hash(module: torch.nn.Module) -> str:
-    """A digest of a few values of every parameter: a resumed run must not go on with other weights."""
-    digest = hashlib.sha256()
-    for name, p in sorted(module.named_parameters()):
-        if p.device.type == "meta":  # offloaded
-            continue
-        digest.update(name.encode())
-        digest.update(p.detach().flatten()[:: max(1, p.numel() // 4)][:4].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -15,7 +15,7 @@ from interp.hooks import HookRegistry
 from interp.interventions import Batch, Intervention, attach_all
 from interp.loading import load
 from interp.planning import Conditions, Plan, plan
-from interp.recording import Recorder, pictures
+from interp.recorder import Recorder, pictures
 from interp.stores import Run, RunWriter, create_run
 
 

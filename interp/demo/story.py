@@ -30,7 +30,9 @@ REMOVED = (20, 40, 60, 80)
 
 def conditions() -> dict[str, list[Intervention]]:
     """The demo's conditions by name."""
-    removed = {f"text removed for the last {share} %": [RemoveText(start=1 - share / 100)] for share in REMOVED}
+    removed: dict[str, list[Intervention]] = {
+        f"text removed for the last {share} %": [RemoveText(start=1 - share / 100)] for share in REMOVED
+    }
     return {"baseline": [], "eos": [ReplaceEOS("{target}")], **removed}
 
 
