@@ -1,5 +1,6 @@
 """The catalogue of sites: every place of a pipeline where a tensor can be read or written."""
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,6 +12,7 @@ from interp.errors import InterpError, nearest, sentence_list
 from interp.families import AttentionSite, Family, find_family
 
 ALIASES = {"pattern": "probs", "attn": "probs", "output": "out", "input": "in"}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 QUANTITIES = ("in", "out", "q", "k", "v", "probs")
 
 
@@ -117,7 +119,10 @@ def dry_run(
             shapes[f"{root}.{path}" if path else root] = tuple(int(n) for n in out.shape[1:])
 
     handles = []
+    others = [(m, name, getattr(m, name)) for m in denoiser.modules() for name in _HOOKS]
     try:
+        for module, name, _ in others:  # nobody else's hook is to meet tensors without data
+            setattr(module, name, OrderedDict())
         for path, module in denoiser.named_modules():
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(lambda _, args, out, path=path: leave(path, out)))
@@ -127,6 +132,8 @@ def dry_run(
     finally:
         for handle in handles:
             handle.remove()
+        for module, name, own in others:
+            setattr(module, name, own)
     return shapes, grids
 
 
