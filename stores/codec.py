@@ -27,7 +27,8 @@ def checksummed(data: bytes) -> bytes:
 def encode(values: np.ndarray, *, compress: bool) -> bytes:
     """Encode one whole chunk; text is an object array."""
     if values.dtype == object:
-        raw: Any = _TEXT.encode(np.ascontiguousarray(values).reshape(-1))
+        exact = np.array([str(v) for v in values.ravel()], object)  # the codec takes str, not numpy's str_
+        raw: Any = _TEXT.encode(exact)
         return checksummed(bytes(_BLOSC.encode(raw)) if compress else bytes(raw))
     values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
     return checksummed(bytes(_BLOSC.encode(values)) if compress else values.tobytes())

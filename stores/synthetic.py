@@ -244,10 +244,14 @@ def _token_table(prompts: list[str], *, apart: bool) -> TokenTable:
     width = max(len(line) for line in lines) if lines else 1
     lines = [line + [("", "", -1, 0)] * (width - len(line)) for line in lines]
     columns = [
-        np.array([[cell[c] for cell in line] for line in lines], "int32" if c > 1 else object)
+        np.array([cell[c] for line in lines for cell in line], "int32" if c > 1 else object).reshape(
+            -1, width
+        )
         for c in range(4)
     ]
     text, role, word, count = columns
-    ids = np.array([[sum(t.encode()) % 997 if t else -1 for t in line] for line in text], "int32")
+    ids = np.array([[sum(t.encode()) % 997 if t else -1 for t in line] for line in text], "int32").reshape(
+        -1, width
+    )
     uncond = np.where(role == "", "", np.where(role == "bos", "<s>", "</s>")).astype(object)
     return TokenTable(text, ids, role, word, count, uncond)

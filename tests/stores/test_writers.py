@@ -30,9 +30,8 @@ class TestMemory(RunStoreTests):
 
 
 def test_disk_and_memory_hold_the_same_tree(tmp_path):
-    options = dict(
-        samples=3, conditions=("baseline", "eos"), heads=2, branches=("cond", "uncond"), grids=("8x8", "4x4")
-    )
+    options = {"samples": 3, "conditions": ("baseline", "eos"), "heads": 2, "grids": ("8x8", "4x4")}
+    options |= {"branches": ("cond", "uncond")}
     disk, memory = synthetic_run(**options, path=tmp_path / "r.zarr"), synthetic_run(**options)
     assert set(disk.tree.groups) == set(memory.tree.groups)
     for node in disk.tree.subtree:
