@@ -132,8 +132,8 @@ def dry_run(
     finally:
         for handle in handles:
             handle.remove()
-        for module, name, own in others:
-            setattr(module, name, own)
+        for module, name, hooks in others:
+            setattr(module, name, hooks)
     return shapes, grids
 
 
