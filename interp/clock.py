@@ -9,6 +9,7 @@ pipeline calls.
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,11 @@ def timeline(scheduler: Any, steps: int, device: Any = "cpu") -> Timeline:
     table = copy.alphas_cumprod.detach().cpu().double().numpy()
     alpha_bar = np.interp(times, np.arange(len(table)), table)
     sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
-    if getattr(copy, "sigmas", None) is not None and _variance_exploding(copy):
+    if getattr(copy, "sigmas", None) is not None:  # exact, where timesteps may be rounded
         sigma = np.asarray(copy.sigmas.detach().cpu().double())[:-1][:: max(order, 1)][: len(times)]
-        return Timeline(times, sigma, 1 / (1 + sigma**2), np.ones_like(sigma), sigma)
+        alpha_bar = 1 / (1 + sigma**2)
+        if _variance_exploding(copy):
+            return Timeline(times, sigma, alpha_bar, np.ones_like(sigma), sigma)
     return Timeline(times, sigma, alpha_bar, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
 
 
@@ -93,10 +96,12 @@ class Clock:
     def attach(self, scheduler: Any) -> None:
         """Follow this scheduler from now on (a user may swap `pipe.scheduler` within the context)."""
         self.close()
+        self.restart()
         self.scheduler = scheduler
         cls = type(scheduler)
         step, set_timesteps = cls.step, cls.set_timesteps
 
+        @wraps(step)  # pipelines look at its signature: does it take a generator, or eta?
         def observed_step(this: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             if this is not scheduler:
                 return step(this, model_output, timestep, sample, *args, **kwargs)
@@ -110,6 +115,7 @@ class Clock:
                 self.evaluation += 1
             return out
 
+        @wraps(set_timesteps)
         def observed_set(this: Any, *args: Any, **kwargs: Any) -> Any:
             if this is scheduler:
                 self.restart()
