@@ -1,5 +1,6 @@
 """Write a run to a folder: steps are buffered to whole chunks, encoded and written in the background."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from interp.stores.reader import Run
 
 QUEUE_BYTES = 256 << 20
+SPARE = 4
 
 
 class DiskWriter(RunWriter):
@@ -49,6 +51,7 @@ class DiskWriter(RunWriter):
         self._rows: dict[int, dict[str, np.ndarray]] = {}
         self._shards: dict[tuple[int, str], ShardFile] = {}
         self._settled: dict[int, tuple[int, dict[str, np.ndarray]]] = {}
+        self._spare: dict[tuple[tuple[int, ...], str], deque[np.ndarray]] = {}
         self._background = Background(queue_bytes)
         self._closed = False
 
@@ -70,6 +73,7 @@ class DiskWriter(RunWriter):
         for shard in self._shards.values():
             shard.abandon()
         self._shards.clear()
+        self._spare.clear()
         self._background.check()
 
     @property
@@ -100,7 +104,7 @@ class DiskWriter(RunWriter):
         buffer = self._buffers.get((i, name))
         if buffer is None:
             self._background.check()
-            buffer = np.empty((min(size, total - start), *array.shape[2:]), array.dtype)
+            buffer = self._buffer((min(size, total - start), *array.shape[2:]), array.dtype)
             self._buffers[i, name] = buffer
         buffer[step - start] = block
         if step - start + 1 == len(buffer):
@@ -113,7 +117,17 @@ class DiskWriter(RunWriter):
             self._send(i, name, 0, np.array(value))
             return
         for start in range(0, value.shape[0], place.inner[1]):
-            self._send(i, name, start, np.array(value[start : start + place.inner[1]]))
+            part = value[start : start + place.inner[1]]
+            block = self._buffer(part.shape, value.dtype.name)
+            block[...] = part
+            self._send(i, name, start, block)
+
+    def _buffer(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """Return an array to fill, a written one if there is any: fresh memory costs page faults."""
+        try:
+            return self._spare[shape, dtype].pop()
+        except (KeyError, IndexError):
+            return np.empty(shape, dtype)
 
     def _send(self, i: int, name: str, start: int, block: np.ndarray) -> None:
         place = self._places[name]
@@ -152,6 +166,8 @@ class DiskWriter(RunWriter):
                 shard = ShardFile(self._partial(name, i), self._target(i, name), self._places[name])
                 self._shards[i, name] = shard
             shard.add(start, block)
+        spare = self._spare.setdefault((block.shape, block.dtype.name), deque(maxlen=SPARE))
+        spare.append(block)
 
     def _write_sample(self, i: int, name: str, block: np.ndarray) -> None:
         target = self._target(i, name)
