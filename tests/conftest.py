@@ -7,6 +7,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about torchvision, which nothing here needs
 
-import diffusers  # noqa: E402
+import diffusers
 
 diffusers.utils.logging.set_verbosity_error()
