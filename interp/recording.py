@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def record(
     recording = Recording(pipe, store, capture or Capture(), condition)
     original = type(pipe)
 
+    @wraps(original.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         return recording.call(original, args, kwargs)
 
