@@ -30,7 +30,27 @@ _HOME = {
     "Run": "interp.stores",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = [
+    "At",
+    "Capture",
+    "HookRegistry",
+    "InterpError",
+    "Intervention",
+    "Plan",
+    "RemoveGuidance",
+    "RemoveText",
+    "ReplaceEOS",
+    "ReplacePrompt",
+    "Run",
+    "__version__",
+    "load",
+    "open_run",
+    "plan",
+    "record",
+    "score",
+    "sites",
+    "trace",
+]
 
 if TYPE_CHECKING:
     from interp.capture import Capture as Capture

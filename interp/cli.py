@@ -138,6 +138,10 @@ def probe(
         elif path.suffix == ".csv":
             result.to_dataframe().to_csv(path)
         else:
+            texts = [name for name, v in result.variables.items() if v.dtype.kind == "U"]
+            result = result.assign({n: result[n].astype(object) for n in texts if n in result.data_vars}).assign_coords(
+                {n: result[n].astype(object) for n in texts if n in result.coords}  # fixed-width text has no Zarr 3 spec
+            )
             result.to_zarr(path, consolidated=False)
         print(f"wrote {path}", file=sys.stderr)
 
@@ -196,8 +200,8 @@ def _assignments(texts: list[str]) -> dict[str, Any]:
             raise InterpError(f"cannot read {text!r}: write name=value")
         try:
             found[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InterpError(f"cannot read the value in {text!r}: {str(error).splitlines()[0]}") from error
+        except yaml.YAMLError:  # a glob such as *attn2 is no YAML, but plain text
+            found[name.strip()] = value
     return found
 
 

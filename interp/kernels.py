@@ -64,7 +64,7 @@ class _Frame:
     """One attention module at work."""
 
     site: str
-    module: torch.nn.Module
+    module: Any
     on_call: Callable[[AttentionCall], torch.Tensor | None]
     calls: int = 0
     rows: int = 0  # rows of the module's input: sliced processors deliver probabilities in pieces
@@ -146,7 +146,7 @@ class KernelObserver:
             return out if edited is None else torch.matmul(edited.to(value.dtype), value)
 
         def observed_scores(
-            attn: Attention, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None
+            attn: Any, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None
         ) -> torch.Tensor:
             probs = scores(attn, query, key, mask)
             stack = self._stack()
@@ -156,9 +156,9 @@ class KernelObserver:
             # (rows·head, query, key), whole or, with attention slicing, some of it at a time
             frame.pieces.append(probs)
             frame.calls += 1
-            if sum(len(p) for p in frame.pieces) < frame.rows * int(attn.heads):
+            if sum(len(p) for p in frame.pieces) < frame.rows * attn.heads:
                 return probs
-            whole = torch.cat(frame.pieces).unflatten(0, (frame.rows, int(attn.heads)))
+            whole = torch.cat(frame.pieces).unflatten(0, (frame.rows, attn.heads))
             sliced, frame.pieces = len(frame.pieces) > 1, []
             edited = frame.on_call(AttentionCall(frame.site, None, None, probs=whole))
             if edited is None:
