@@ -213,7 +213,7 @@ def _grid_size(run: Run, grids: list[Grid], grid: str) -> tuple[int, int]:
     if grid != "latent":
         height, cross, width = str(grid).partition("x")
         if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
-            raise InterpError(f"grid={grid!r} is not possible: it is 'latent' or a size such as '32x32'.")
+            raise InterpError(f"grid={grid!r} is not possible: it is 'latent' or a size such as '32x32'")
         return int(height), int(width)
     if "trajectory" in run.tree.children:
         sizes = run.tree["trajectory"].dataset.sizes

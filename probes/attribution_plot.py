@@ -34,12 +34,12 @@ def draw_maps(
     from interp.probes.style import HEAT, new_figure
 
     if what not in ("word", "token"):
-        raise InterpError(f"what={what!r} is not possible: it is 'word' or 'token'.")
+        raise InterpError(f"what={what!r} is not possible: it is 'word' or 'token'")
     panels: list[tuple[str, np.ndarray | None, np.ndarray | None]] = []
     rows_of: list[int] = []
     for sample in samples:
         if not -ds.sizes["sample"] <= sample < ds.sizes["sample"]:
-            raise InterpError(f"sample {sample} is not there: this result has {ds.sizes['sample']} samples.")
+            raise InterpError(f"sample {sample} is not there: this result has {ds.sizes['sample']} samples")
         image, one = _image(ds, sample, run), ds.isel(sample=sample)
         cells: list[tuple[str, np.ndarray | None, np.ndarray | None]] = (
             [("image", image, None)] if image is not None else []
@@ -90,7 +90,7 @@ def draw_mass(ds: xr.Dataset, *, variable: str = "mass_per_token") -> Figure:
     from interp.probes.style import ROLE_COLOUR, curve, new_figure, step_axis, title
 
     if variable not in ds:
-        raise InterpError(f"variable={variable!r} is not possible: it is 'mass' or 'mass_per_token'.")
+        raise InterpError(f"variable={variable!r} is not possible: it is 'mass' or 'mass_per_token'")
     figure, (over_steps, over_layers) = new_figure(2)
     values = ds[variable]
     for role in map(str, ds["role"].values):

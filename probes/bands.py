@@ -73,9 +73,9 @@ def low_mask(height: int, width: int, *, low_fraction: float = 0.2, mask: str = 
     np.int64(13)
     """
     if mask not in MASKS:
-        raise InterpError(f"no mask named {mask!r}{nearest(mask, MASKS)}; there are {', '.join(MASKS)}.")
+        raise InterpError(f"no mask named {mask!r}; there are {', '.join(MASKS)}{nearest(mask, MASKS)}")
     if not 0 < low_fraction < 1:
-        raise InterpError(f"low_fraction={low_fraction!r} must lie between 0 and 1, both excluded.")
+        raise InterpError(f"low_fraction={low_fraction!r} must lie between 0 and 1, both excluded")
     return MASKS[mask](height, width, low_fraction)
 
 
@@ -94,7 +94,7 @@ def split_bands(field: xr.DataArray, *, low_fraction: float = 0.2, mask: str = "
     """
     if not {"y", "x"} <= set(field.dims):
         raise InterpError(
-            f"split_bands needs dimensions y and x; this field has {', '.join(map(str, field.dims))}."
+            f"split_bands needs dimensions y and x; this field has {', '.join(map(str, field.dims))}"
         )
     low = low_mask(field.sizes["y"], field.sizes["x"], low_fraction=low_fraction, mask=mask)
     dtype = field.dtype if field.dtype.kind == "f" and field.dtype.itemsize >= 4 else np.dtype("float32")

@@ -76,12 +76,12 @@ class Probe:
         known = self.params
         for name in params:
             if name not in known:
-                hint = nearest(name, known) or f"; it has {', '.join(known) or 'none'}"
-                raise InterpError(f"probe {self.name!r} has no parameter {name!r}{hint}.")
+                listed = f"it has {', '.join(known) or 'none'}{nearest(name, known)}"
+                raise InterpError(f"probe {self.name!r} has no parameter {name!r}; {listed}")
         if not hasattr(run, "tree"):
             raise InterpError(
                 f"probe {self.name!r} was given {type(run).__name__} where a run is expected: "
-                f"pass interp.open_run(path)."
+                f"pass interp.open_run(path)"
             )
         require(run, self.needs, asker=f"probe {self.name!r}")
         result = _labelled(self.name, self.fn(run, **params))
@@ -117,19 +117,19 @@ def probe(
     Raises InterpError when the signature breaks these rules.
 
     >>> from interp.stores import synthetic_run
-    >>> @probe("spread", needs={"trajectory": ["latents"]})
-    ... def spread(run, *, power: int = 1):
+    >>> @probe("size", needs={"trajectory": ["latents"]})
+    ... def size(run, *, power: int = 1):
     ...     '''Standard deviation of the latents at each step (latent units).'''
     ...     width = run.latents.std(["channel", "y", "x"]) ** power
     ...     return width.assign_attrs(units="latent units")
-    >>> spread(synthetic_run(samples=2, steps=6))["spread"].dims
+    >>> size(synthetic_run(samples=2, steps=6))["size"].dims
     ('sample', 'step')
-    >>> spread(synthetic_run(), powr=2)
+    >>> size(synthetic_run(), powr=2)
     Traceback (most recent call last):
-    interp.stores.errors.InterpError: probe 'spread' has no parameter 'powr'; did you mean 'power'?.
+    interp.stores.errors.InterpError: probe 'size' has no parameter 'powr'; it has power; did you mean 'power'?
     """
     if not isinstance(name, str):
-        raise InterpError('@probe was used without a name: write @probe("my_probe") above the function.')
+        raise InterpError('@probe was used without a name: write @probe("my_probe") above the function')
 
     def mark(fn: Callable[..., Result]) -> Probe:
         return Probe(name, fn, dict(needs or {}), plot)
@@ -144,15 +144,13 @@ def signature_of(name: str, fn: Callable[..., Result]) -> list[inspect.Parameter
         inspect.Parameter.POSITIONAL_ONLY,
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
     ):
-        raise InterpError(
-            f"probe {name!r} takes no run: its first parameter must be one, e.g. def f(run): …."
-        )
+        raise InterpError(f"probe {name!r} takes no run: its first parameter must be one, e.g. def f(run): …")
     params = everything[1:]
     for p in params:
         if p.kind is not p.KEYWORD_ONLY or p.default is p.empty:
             raise InterpError(
                 f"probe {name!r}: parameter {p.name!r} must be keyword-only with a default, "
-                f"so that it can be listed, recorded and set from a job file: def f(run, *, {p.name}=…)."
+                f"so that it can be listed, recorded and set from a job file: def f(run, *, {p.name}=…)"
             )
     return params
 
@@ -163,16 +161,14 @@ def _labelled(name: str, result: Any) -> xr.Dataset:
         result = result.rename(None).to_dataset(name=name)
     if not isinstance(result, xr.Dataset):
         kind = type(result).__name__
-        raise InterpError(f"probe {name!r} returned {kind}, not an xarray Dataset or DataArray.")
+        raise InterpError(f"probe {name!r} returned {kind}, not an xarray Dataset or DataArray")
     for key, variable in result.data_vars.items():
         if unnamed := [str(d) for d in variable.dims if str(d).startswith("dim_")]:
-            raise InterpError(
-                f"probe {name!r}: variable {key!r} has unnamed dimensions {', '.join(unnamed)}."
-            )
+            raise InterpError(f"probe {name!r}: variable {key!r} has unnamed dimensions {', '.join(unnamed)}")
         if not variable.attrs.get("units"):
             raise InterpError(
                 f"probe {name!r}: variable {key!r} has no units; set them with .assign_attrs(units=…) "
-                f'("1" for a plain number).'
+                f'("1" for a plain number)'
             )
     # Chunking and compression belong to the store that was read, not to a file that the result may go to.
     return result.drop_encoding().assign_attrs()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -77,16 +78,16 @@ def find_plugin(name: str, group: str) -> Any:
     matches = [p for p in everything if p.name == name]
     if len(matches) == 1:
         return matches[0].load()
-    kind = group.rpartition(".")[2].removesuffix("s")
+    kind = re.sub("(ie)?s$", lambda end: "y" if end[1] else "", group.rpartition(".")[2])
     if matches:
         raise InterpError(
-            f"two plugins are called {name!r}: {' and '.join(map(str, matches))}; uninstall one."
+            f"two plugins are called {name!r}: {' and '.join(map(str, matches))}; uninstall one"
         )
     names = sorted({p.name for p in everything})
     listed = (
         f"installed: {', '.join(names)}" if names else "none is installed (pip install -e . installs ours)"
     )
-    raise InterpError(f"no {kind} named {name!r}{nearest(name, names)}; {listed}.")
+    raise InterpError(f"no {kind} named {name!r}; {listed}{nearest(name, names)}")
 
 
 def load_plugins(group: str) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def load_plugins(group: str) -> dict[str, Any]:
     everything = plugins(group)
     for first, second in pairwise(everything):
         if first.name == second.name:
-            raise InterpError(f"two plugins are called {first.name!r}: {first} and {second}; uninstall one.")
+            raise InterpError(f"two plugins are called {first.name!r}: {first} and {second}; uninstall one")
     for plugin in everything:
         try:
             loaded[plugin.name] = plugin.load()
@@ -114,14 +115,14 @@ def load_file(path: str | Path) -> ModuleType:
     """
     file = Path(path).expanduser().resolve()
     if not file.is_file():
-        raise InterpError(f"no such file: {str(path)!r}.")
+        raise InterpError(f"no such file: {str(path)!r}")
     name = f"{FILE_MODULE}{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     stamp = (file.stat().st_mtime_ns, file.stat().st_size)
     if name in sys.modules and sys.modules[name].__dict__.get("__stamp__") == stamp:
         return sys.modules[name]
     spec = spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise InterpError(f"{str(path)!r} is not a Python file.")
+        raise InterpError(f"{str(path)!r} is not a Python file")
     module = module_from_spec(spec)
     module.__dict__["__stamp__"] = stamp
     sys.modules[name] = module  # before execution: dataclasses and pickling look it up there
@@ -153,9 +154,9 @@ def find_probe(name: str | Path | Probe) -> Probe:
     found = find_plugin(name, PROBES)
     if not isinstance(found, Probe):
         kind = type(found).__name__
-        raise InterpError(f"plugin {name!r} is {kind}, not a probe: mark the function with @probe({name!r}).")
+        raise InterpError(f"plugin {name!r} is {kind}, not a probe: mark the function with @probe({name!r})")
     if found.name != name:
-        raise InterpError(f"plugin {name!r} is a probe called {found.name!r}: give both the same name.")
+        raise InterpError(f"plugin {name!r} is a probe called {found.name!r}: give both the same name")
     return found
 
 
@@ -189,17 +190,17 @@ def _probe_of_file(file: str, wanted: str) -> Probe:
         if wanted not in probes:
             listed = ", ".join(probes) or "none"
             raise InterpError(
-                f"{file!r} has no probe named {wanted!r}{nearest(wanted, probes)}; it has {listed}."
+                f"{file!r} has no probe named {wanted!r}; it has {listed}{nearest(wanted, probes)}"
             )
         return probes[wanted]
     if len(probes) == 1:
         return next(iter(probes.values()))
     if not probes:
         raise InterpError(
-            f'{file!r} has no probe: write @probe("{Path(file).stem}") above a function of a run.'
+            f'{file!r} has no probe: write @probe("{Path(file).stem}") above a function of a run'
         )
     raise InterpError(
-        f"{file!r} has several probes: ask for one of {', '.join(f'{file}:{n}' for n in probes)}."
+        f"{file!r} has several probes: ask for one of {', '.join(f'{file}:{n}' for n in probes)}"
     )
 
 

@@ -164,7 +164,7 @@ def pair(
     if max(source, default=-1) < 0:
         raise InterpError(
             f"no sample of condition {swap!r} has a finished {baseline!r} sample of its prompt and seed: "
-            f"trace both conditions with the same prompts and seeds."
+            f"trace both conditions with the same prompts and seeds"
         )
     return Pairing(np.array(rows[swap]), np.array(source), np.array(other))
 
@@ -174,14 +174,12 @@ def _rows(samples: pd.DataFrame, condition: str) -> list[int]:
     if condition not in known:
         listed = ", ".join(known)
         raise InterpError(
-            f"this run has no condition {condition!r}{nearest(condition, known)}; it has {listed}."
+            f"this run has no condition {condition!r}; it has {listed}{nearest(condition, known)}"
         )
     done = samples["status"].to_numpy() == 1 if "status" in samples else np.ones(len(samples), dtype=bool)
     rows: list[int] = np.flatnonzero((samples["condition"] == condition).to_numpy() & done).tolist()
     if not rows:
-        raise InterpError(
-            f"no sample of condition {condition!r} is finished yet: run the same command again."
-        )
+        raise InterpError(f"no sample of condition {condition!r} is finished yet: run the same command again")
     return rows
 
 
@@ -196,8 +194,8 @@ def _samples(run: Run, target: str) -> pd.DataFrame:
     if target not in samples.columns:
         known = [str(c) for c in samples.columns]
         raise InterpError(
-            f"this run's table of prompts has no column {target!r}{nearest(target, known)}; it has "
-            f"{', '.join(known)} (name the column that holds the prompt of the EOS tokens: target=…)."
+            f"this run's table of prompts has no column {target!r}; name the one that holds the "
+            f"prompt of the EOS tokens by target=…; it has {', '.join(known)}{nearest(target, known)}"
         )
     return samples
 
@@ -216,7 +214,7 @@ def _metrics(run: Run, target: str, metrics: Sequence[str] | str | None) -> list
         if name not in both:
             raise InterpError(
                 f"eos_replacement needs the scores '{name}:prompt' and '{name}:{target}', where this run has "
-                f"{', '.join(sorted(columns)) or 'none'}: run `interp score RUN` with that metric."
+                f"{', '.join(sorted(columns)) or 'none'}: run `interp score RUN` with that metric"
             )
     return wanted
 

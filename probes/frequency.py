@@ -104,7 +104,7 @@ def frequency_energy(
     True
     """
     if data not in ("final", "predicted"):
-        raise InterpError(f"data={data!r} is not possible; it is 'final' or 'predicted'.")
+        raise InterpError(f"data={data!r} is not possible; it is 'final' or 'predicted'")
     trajectory = trajectory_of(run)
     n, steps = trajectory.sizes["sample"], trajectory.sizes["step"]
     low = low_mask(trajectory.sizes["y"], trajectory.sizes["x"], low_fraction=low_fraction, mask=mask)
@@ -194,5 +194,5 @@ def predicted_data(run: Run, one: xr.Dataset) -> np.ndarray:
     if kind == "sample":
         return guided
     raise InterpError(
-        f"this run's prediction_type is {kind!r}, from which x_0 cannot be predicted: use data='final'."
+        f"this run's prediction_type is {kind!r}, from which x_0 cannot be predicted: use data='final'"
     )

@@ -42,5 +42,5 @@ def check_option(asker: str, name: str, value: Any, known: tuple[str, ...]) -> N
     """Raise InterpError unless the value of an option is one of those known."""
     if value not in known:
         raise InterpError(
-            f"{asker}: {name}={value!r} is not possible; it is one of {', '.join(map(repr, known))}."
+            f"{asker}: {name}={value!r} is not possible; it is one of {', '.join(map(repr, known))}"
         )

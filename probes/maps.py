@@ -49,7 +49,7 @@ def open_grids(run: Run, *, steps: Any = None, layers: str | Sequence[str] | Non
         if "cond" not in branches:
             raise InterpError(
                 f"attribution needs the branch 'cond', where attention/{name} has {', '.join(branches)}: "
-                f'trace again with Capture(branches=("cond",)).'
+                f'trace again with Capture(branches=("cond",))'
             )
         sites = [str(site) for site in dataset["layer"].values]
         known += sites
@@ -64,12 +64,12 @@ def open_grids(run: Run, *, steps: Any = None, layers: str | Sequence[str] | Non
         if not any(fnmatchcase(site, pattern) for site in known):
             listed = ", ".join(known[:6]) + ("" if len(known) <= 6 else f" and {len(known) - 6} more")
             raise InterpError(
-                f"no captured layer matches {pattern!r}{nearest(pattern, known)}; this run has {listed}."
+                f"no captured layer matches {pattern!r}; this run has {listed}{nearest(pattern, known)}"
             )
     for grid in grids[1:]:
         if not grid.table.identical(grids[0].table):
             raise InterpError(
-                f"the grids {grids[0].name} and {grid.name} hold different tokens: choose layers of one grid."
+                f"the grids {grids[0].name} and {grid.name} hold different tokens: choose layers of one grid"
             )
     return grids
 
@@ -85,14 +85,14 @@ def chosen_steps(captured: np.ndarray, steps: Any) -> np.ndarray:
         try:
             wanted: Any = slice(int(start or 0), int(stop) if stop else None) if colon else int(steps)
         except ValueError:
-            raise InterpError(f'steps={steps!r} is not a range: write "start:stop", e.g. "0:10".') from None
+            raise InterpError(f'steps={steps!r} is not a range: write "start:stop", e.g. "0:10"') from None
         return chosen_steps(captured, wanted)
     if steps is None:
         return np.arange(len(captured))
     if isinstance(steps, slice):
         bounds = [bound for bound in (steps.start, steps.stop) if bound is not None]
         if steps.step not in (None, 1) or any(bound < 0 for bound in bounds):
-            raise InterpError(f"steps={steps!r} is not possible: give a half-open range of steps from 0 on.")
+            raise InterpError(f"steps={steps!r} is not possible: give a half-open range of steps from 0 on")
         first, end = steps.start or 0, np.inf if steps.stop is None else steps.stop
         positions, missing = np.flatnonzero((captured >= first) & (captured < end)), []
     else:
@@ -101,7 +101,7 @@ def chosen_steps(captured: np.ndarray, steps: Any) -> np.ndarray:
         positions = np.array([np.flatnonzero(captured == s)[0] for s in asked if s in captured], dtype=int)
     if missing or not len(positions):
         held = ", ".join(map(str, captured[:8])) + (" …" if len(captured) > 8 else "")
-        raise InterpError(f"attention was not captured at {missing or steps!r}; this run has steps {held}.")
+        raise InterpError(f"attention was not captured at {missing or steps!r}; this run has steps {held}")
     return positions
 
 

@@ -40,23 +40,23 @@ def require(run: Run, needs: Mapping[str, Any], *, asker: str = "this analysis")
     Traceback (most recent call last):
     interp.stores.errors.InterpError: probe 'x' needs attention, which this run did not capture: trace again
     with \
-Capture(attention="cross").
+Capture(attention="cross")
     """
     for node, wanted in needs.items():
         if node not in REMEDY or "/" in node:
             known = [k for k in REMEDY if "/" not in k]
-            raise InterpError(f"{asker} needs {node!r}, which no run has{nearest(node, known)}.")
+            raise InterpError(f"{asker} needs {node!r}, which no run has{nearest(node, known)}")
         present = held(run, node)
         names = [] if wanted is True else [wanted] if isinstance(wanted, str) else list(wanted)
         if not present:
             what = f"{node} {', '.join(map(repr, names))}" if names else node
             verb = "has not got" if node in ("scores", "samples") else "did not capture"
-            raise InterpError(f"{asker} needs {what}, which this run {verb}: {_remedy(node, names)}.")
+            raise InterpError(f"{asker} needs {what}, which this run {verb}: {_remedy(node, names)}")
         for name in names:
             if name not in present:
                 raise InterpError(
                     f"{asker} needs {name!r} in {node}, where this run has {', '.join(sorted(present))}: "
-                    f"{_remedy(node, [name])}."
+                    f"{_remedy(node, [name])}"
                 )
 
 

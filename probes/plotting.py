@@ -34,7 +34,7 @@ def plot(ds: xr.Dataset, *, probe: Probe | None = None, **options: Any) -> Figur
     """
     if not isinstance(ds, xr.Dataset) or (probe is None and "probe" not in ds.attrs):
         raise InterpError(
-            'plot() takes the Dataset that a probe returned: its attrs["probe"] is missing here.'
+            'plot() takes the Dataset that a probe returned: its attrs["probe"] is missing here'
         )
     if probe is None:
         name = str(ds.attrs["probe"])
@@ -51,7 +51,7 @@ def plot_curves(ds: xr.Dataset) -> Figure:
 
     drawable = {k: v for k, v in ds.data_vars.items() if "step" in v.dims and v.dtype.kind in "fiub"}
     if not drawable:
-        raise InterpError("nothing in this result depends on the step: give the probe a plot= of its own.")
+        raise InterpError("nothing in this result depends on the step: give the probe a plot= of its own")
     figure, axes = new_figure(len(drawable))
     for ax, (key, variable) in zip(axes, drawable.items(), strict=True):
         mean = variable.mean([d for d in ("sample", "pair") if d in variable.dims], keep_attrs=True)

@@ -161,7 +161,7 @@ def _without(probe: Probe, run: Run, part: str, ask: Callable[[Run], xr.Dataset]
         assert "\n" not in text and len(text) > 20, f"without {part}: not a clear sentence: {text}"
     except Exception as error:
         raise AssertionError(
-            f"without {part} the probe fails with {type(error).__name__}: {error}; declare that it needs {node!r}"
+            f"without {part}: {type(error).__name__}: {error}; declare that the probe needs {node!r}"
         ) from error
     else:
         assert not declared, f"the probe declares that it needs {node}, yet runs without {part}"

@@ -83,9 +83,9 @@ def chosen_words(table: xr.Dataset, words: Sequence[str | tuple[str, int]] | str
             known = {text.casefold() for prompt in prompts for text, _, _ in prompt}
             if name in known:
                 raise InterpError(
-                    f"no prompt of this run has {name!r} {n + 1} times (occurrences count from 0)."
+                    f"no prompt of this run has {name!r} {n + 1} times (occurrences count from 0)"
                 )
-            raise InterpError(f"no prompt of this run has the word {name!r}{nearest(name, known)}.")
+            raise InterpError(f"no prompt of this run has the word {name!r}{nearest(name, known)}")
     return Words(np.array(names, dtype=str).reshape(samples, width), occurrence, member)
 
 
@@ -97,7 +97,7 @@ def _request(word: Any) -> tuple[str, int]:
         name, number = tuple(word)
         return str(name).casefold(), int(number)
     except (TypeError, ValueError):
-        raise InterpError(f'words: {word!r} is neither a word nor a pair such as ("red", 1).') from None
+        raise InterpError(f'words: {word!r} is neither a word nor a pair such as ("red", 1)') from None
 
 
 def _clean(token: str) -> str:

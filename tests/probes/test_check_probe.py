@@ -1,0 +1,191 @@
+"""check_probe passes for every built-in probe, and each of its checks fails for a probe made to fail it."""
+
+import itertools
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from interp.probes import probe
+from interp.probes.attribution import attention_mass, token_attribution
+from interp.probes.eos import eos_replacement
+from interp.probes.frequency import frequency_energy
+from interp.probes.testing import check_probe, swap_run
+from interp.stores import synthetic_run
+
+CASES = [
+    (frequency_energy, synthetic_run),
+    (token_attribution, synthetic_run),
+    (attention_mass, synthetic_run),
+]
+CASES += [(eos_replacement, swap_run)]
+CHECKS = [(p, make, c.name) for p, make in CASES for c in check_probe(p, make)]
+CALLS = itertools.count()
+
+
+@pytest.mark.parametrize(("which", "make", "name"), CHECKS, ids=lambda v: getattr(v, "name", None) or str(v))
+def test_built_in_probes(which, make, name):
+    next(c for c in check_probe(which, make) if c.name == name)()
+
+
+def test_parameters_are_passed_on():
+    for check in check_probe(frequency_energy, data="predicted", mask="disc"):
+        if check.name != "without noise_pred":
+            check()
+
+
+def latents(run):
+    return run.latents.mean(["channel", "y", "x"]).assign_attrs(units="latent units")
+
+
+NEEDS = {"trajectory": ["latents"]}
+
+
+@probe("good", needs=NEEDS)
+def good(run, *, times: float = 1.0):
+    """Mean of the latents, `times` a number (latent units)."""
+    return latents(run) * times
+
+
+@probe("undocumented", needs=NEEDS)
+def undocumented(run, *, times: float = 1.0):
+    return latents(run) * times
+
+
+@probe("unexplained", needs=NEEDS)
+def unexplained(run, *, factor: float = 1.0):
+    """Mean of the latents (latent units)."""
+    return latents(run) * factor
+
+
+@probe("unitless", needs=NEEDS)
+def unitless(run):
+    """Mean of the latents (latent units)."""
+    return run.latents.mean(["channel", "y", "x"]).drop_attrs()
+
+
+@probe("unlabelled", needs=NEEDS)
+def unlabelled(run):
+    """Mean of the latents (latent units)."""
+    return latents(run).drop_vars("step")
+
+
+@probe("single")
+def single(run):
+    """Mean of the latents (latent units)."""
+    assert len(run) == 1
+    return latents(run)
+
+
+@probe("one_head", needs={"attention": True})
+def one_head(run):
+    """Attention (1)."""
+    return run.attention().sel(head="mean").mean("token").assign_attrs(units="1").astype("f4")
+
+
+@probe("needy")
+def needy(run):
+    """Attention (1)."""
+    return run.tree["attention/8x8/probs"].mean("token").assign_attrs(units="1").astype("f4")
+
+
+@probe("overclaiming", needs=NEEDS)
+def overclaiming(run):
+    """Attention (1)."""
+    return run.attention().mean("token").assign_attrs(units="1").astype("f4")
+
+
+@probe("changing")
+def changing(run):
+    """Mean of the latents (latent units)."""
+    mean = latents(run)
+    return mean + next(CALLS)
+
+
+@probe("vandal", needs=NEEDS)
+def vandal(run):
+    """Mean of the latents (latent units)."""
+    run.tree["trajectory"]["latents"].values[0, 0] += 1
+    return latents(run)
+
+
+@probe("loose", needs=NEEDS)
+def loose(run):
+    """First value (latent units)."""
+    data = run.latents.data
+    value = 1.0 if isinstance(data, np.ndarray) else 2.0
+    return xr.DataArray(value, attrs={"units": "1"})
+
+
+@probe("empty", needs=NEEDS)
+def empty(run):
+    """Nothing (1)."""
+    return latents(run) * np.nan
+
+
+@probe("halting", needs={"trajectory": ["noise_pred"]})
+def halting(run):
+    """Mean of the noise (1)."""
+    mean = run.noise_pred.mean(["channel", "y", "x"]).assign_attrs(units="1")
+    if np.isnan(mean).any():
+        raise FloatingPointError("NaN")
+    return mean
+
+
+@probe("badly_drawn", needs=NEEDS, plot=lambda ds: "picture")
+def badly_drawn(run):
+    """Mean of the latents (latent units)."""
+    return latents(run)
+
+
+def failures(which):
+    failed = set()
+    for check in check_probe(which):
+        try:
+            check()
+        except Exception:
+            failed.add(check.name)
+    return failed
+
+
+def test_a_good_probe_passes():
+    assert failures(good) == set()
+
+
+@pytest.mark.parametrize(
+    ("which", "check"),
+    [
+        (undocumented, "documented parameters"),
+        (unexplained, "documented parameters"),
+        (unitless, "labels and units"),
+        (unlabelled, "labels and units"),
+        (single, "several samples"),
+        (one_head, "heads apart"),
+        (needy, "without attention"),
+        (changing, "same again"),
+        (vandal, "run left as it was"),
+        (loose, "dask as eager"),
+        (empty, "one sample"),
+        (halting, "branch evaluated half of the time"),
+        (badly_drawn, "plot"),
+    ],
+    ids=lambda v: getattr(v, "name", v),
+)
+def test_broken_probes_fail(which, check):
+    assert check in failures(which)
+
+
+def test_a_probe_of_a_function_cannot_be_pickled():
+    @probe("inner", needs=NEEDS)
+    def inner(run):
+        """Mean of the latents (latent units)."""
+        return latents(run)
+
+    assert failures(inner) == {"pickled"}
+
+
+def test_a_declared_need_that_is_none():
+    assert failures(probe("x", needs={"images": True})(good.fn)) >= {"pickled"}
+    silent = probe("y")(good.fn)
+    object.__setattr__(silent, "needs", {"text": ["never_checked"]})
+    assert failures(silent)
