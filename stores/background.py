@@ -39,9 +39,7 @@ class Background:
     def submit(self, do: Callable[[], None], nbytes: int = 0, label: str = "") -> None:
         """Queue a job; wait while its bytes would pass the limit (a job alone always enters)."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._error or not self._bytes or self._bytes + nbytes <= self.limit
-            )
+            self._changed.wait_for(lambda: self._error or not self._bytes or self._bytes + nbytes <= self.limit)
             self.check()
             if self._closing:
                 raise StoreError("this run is closed for writing; create_run(...) again to go on with it")

@@ -72,9 +72,7 @@ def resumable(path: Path, layout: Layout) -> Layout:
     differences += _shapes(listed, layout)
     if differences:
         shown = "; ".join(differences[:6]) + ("; …" if len(differences) > 6 else "")
-        raise StoreError(
-            f"{path} holds a run of another plan ({shown}); choose another path, or ask for that plan"
-        )
+        raise StoreError(f"{path} holds a run of another plan ({shown}); choose another path, or ask for that plan")
     return stored_layout(path, layout)
 
 

@@ -36,9 +36,7 @@ class DiskWriter(RunWriter):
 
     path: Path
 
-    def __init__(
-        self, path: Path, layout: Layout, *, queue_bytes: int = QUEUE_BYTES, clean: bool = True
-    ) -> None:
+    def __init__(self, path: Path, layout: Layout, *, queue_bytes: int = QUEUE_BYTES, clean: bool = True) -> None:
         self.path = path
         listed = read_root(path)["consolidated_metadata"]["metadata"]
         self._metadata = {name: listed[name] for name in ("status", "error", *layout.arrays)}
@@ -249,6 +247,4 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except (OSError, ChecksumError) as error:
         cause = error.strerror or error if isinstance(error, OSError) else error
-        raise StoreError(
-            f"{path} could not be written: {cause}; mend that and run again, it resumes"
-        ) from error
+        raise StoreError(f"{path} could not be written: {cause}; mend that and run again, it resumes") from error

@@ -32,9 +32,7 @@ def grown(layout: Layout, samples: Mapping[str, Any], tokens: Mapping[str, Token
         if new is None:
             new = np.full(more, "" if values.dtype == object else 0, values.dtype)
         columns[name] = np.concatenate([values, new.astype(values.dtype)])
-    groups = {
-        name: _grown_group(name, group, n, more, tokens.get(name)) for name, group in layout.groups.items()
-    }
+    groups = {name: _grown_group(name, group, n, more, tokens.get(name)) for name, group in layout.groups.items()}
     return Layout(columns, groups, layout.attrs)
 
 
@@ -46,18 +44,14 @@ def _grown_group(name: str, group: Group, n: int, more: int, tokens: TokenTable 
     for key, (dims, values) in group.coords.items():
         if dims[:1] == ("sample",):
             if key not in new or len(new[key][1]) != more:
-                raise StoreError(
-                    f"{more} samples are to be added, but {name}/{key} has no rows for them; pass tokens"
-                )
+                raise StoreError(f"{more} samples are to be added, but {name}/{key} has no rows for them; pass tokens")
             values = np.concatenate([values, new[key][1].astype(values.dtype)])
         coords[key] = (dims, values)
     arrays = {k: replace(a, shape=(n + more, *a.shape[1:])) for k, a in group.arrays.items()}
     return replace(group, arrays=arrays, coords=coords)
 
 
-def grow_files(
-    path: Path, layout: Layout, samples: Mapping[str, Any], tokens: Mapping[str, TokenTable]
-) -> Layout:
+def grow_files(path: Path, layout: Layout, samples: Mapping[str, Any], tokens: Mapping[str, TokenTable]) -> Layout:
     """Append samples to the run at `path`, which a reader sees all at once or not at all."""
     new = grown(layout, samples, tokens)
     n, total = len(layout), len(new)
@@ -99,8 +93,7 @@ def stored_layout(path: Path, layout: Layout) -> Layout:
     for name, group in layout.groups.items():
         arrays = {k: replace(a, shape=(n, *a.shape[1:])) for k, a in group.arrays.items()}
         coords = {
-            k: (dims, read(f"{name}/{k}") if dims[:1] == ("sample",) else v)
-            for k, (dims, v) in group.coords.items()
+            k: (dims, read(f"{name}/{k}") if dims[:1] == ("sample",) else v) for k, (dims, v) in group.coords.items()
         }
         groups[name] = replace(group, arrays=arrays, coords=coords)
     return Layout(columns, groups, layout.attrs)

@@ -72,9 +72,7 @@ def _files(folder: Path, path: str, metadata: dict[str, Any], number: int) -> li
         index = read_index(file, place)
     except (ChecksumError, OSError) as error:
         return [f"sample {number}: {path} is damaged; the index of {file}: {error}"]
-    expected = tuple(
-        -(-size // chunk) for size, chunk in zip(metadata["shape"][1:], place.inner[1:], strict=True)
-    )
+    expected = tuple(-(-size // chunk) for size, chunk in zip(metadata["shape"][1:], place.inner[1:], strict=True))
     used = (slice(0, 1), *(slice(0, e) for e in expected))
     holes = int((index[used][..., 0] == MISSING).sum())
     return [f"sample {number}: {path} lacks {holes} of its chunks"] if holes else []

@@ -32,9 +32,7 @@ def checked(layout: Layout) -> Layout:
     """
     for column in ("prompt", "seed"):
         if column not in layout.samples:
-            raise StoreError(
-                f"the table of samples has no column {column!r}; it has {sorted(layout.samples)}"
-            )
+            raise StoreError(f"the table of samples has no column {column!r}; it has {sorted(layout.samples)}")
     n = len(layout)
     defaults: dict[str, Any] = {
         "negative_prompt": [""] * n,
@@ -52,9 +50,7 @@ def check_name(path: str) -> None:
     `..`.
     """
     if not path or any(not _PART.fullmatch(part) for part in path.split("/")):
-        raise StoreError(
-            f"{path!r} cannot name a part of a run; use letters, digits and _ + - . : joined by slashes"
-        )
+        raise StoreError(f"{path!r} cannot name a part of a run; use letters, digits and _ + - . : joined by slashes")
 
 
 def as_column(values: Any) -> np.ndarray:
@@ -74,13 +70,9 @@ def _column(name: str, values: Any, n: int) -> np.ndarray:
     check_name(name)
     if "/" in name or name in ROOT_RESERVED:
         taken = ", ".join(sorted(ROOT_RESERVED))
-        raise StoreError(
-            f"a column of the prompt table cannot be called {name!r}; rename it (taken: {taken})"
-        )
+        raise StoreError(f"a column of the prompt table cannot be called {name!r}; rename it (taken: {taken})")
     if len(values) != n:
-        raise StoreError(
-            f"column {name!r} has {len(values)} values for {n} samples; give one for each sample"
-        )
+        raise StoreError(f"column {name!r} has {len(values)} values for {n} samples; give one for each sample")
     if name in ("seed", "prompt_id", "batch"):
         return np.asarray(values, "int64")
     if name in ("prompt", "negative_prompt", "condition"):
@@ -98,9 +90,7 @@ def _group(name: str, group: Group, n: int) -> Group:
         if values.dtype.kind in "UOT":
             values = np.array([str(v) for v in values.ravel()], object).reshape(values.shape)
         if values.ndim != len(dims):
-            raise StoreError(
-                f"coordinate {name}/{key} has dims {dims} but shape {values.shape}; they must agree"
-            )
+            raise StoreError(f"coordinate {name}/{key} has dims {dims} but shape {values.shape}; they must agree")
         _agree(name, key, dims, values.shape, sizes)
         coords[key] = (tuple(dims), values)
     arrays = {}
@@ -112,13 +102,9 @@ def _group(name: str, group: Group, n: int) -> Group:
 
 def _array(name: str, key: str, array: Array, sizes: dict[str, int]) -> Array:
     if array.dims[:1] != ("sample",) or "step" in array.dims[2:]:
-        raise StoreError(
-            f"{name}/{key} has dims {array.dims}; sample must come first, and step (if any) second"
-        )
+        raise StoreError(f"{name}/{key} has dims {array.dims}; sample must come first, and step (if any) second")
     if array.dtype not in _DTYPES:
-        raise StoreError(
-            f"{name}/{key} cannot be stored as {array.dtype!r}; possible: {', '.join(sorted(_DTYPES))}"
-        )
+        raise StoreError(f"{name}/{key} cannot be stored as {array.dtype!r}; possible: {', '.join(sorted(_DTYPES))}")
     if array.dtype == "str" and len(array.dims) > 1:
         raise StoreError(f"{name}/{key}: text is stored one string a sample; make its dims ('sample',)")
     _agree(name, key, array.dims, array.shape, sizes)
@@ -128,6 +114,4 @@ def _array(name: str, key: str, array: Array, sizes: dict[str, int]) -> Array:
 def _agree(name: str, key: str, dims: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> None:
     for dim, size in zip(dims, shape, strict=True):
         if sizes.setdefault(dim, size) != size:
-            raise StoreError(
-                f"{name}/{key} has {size} along {dim!r} where {sizes[dim]} were expected; make them agree"
-            )
+            raise StoreError(f"{name}/{key} has {size} along {dim!r} where {sizes[dim]} were expected; make them agree")

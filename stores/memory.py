@@ -39,9 +39,7 @@ class MemoryWriter(RunWriter):
         self._arrays = self.layout.arrays
         more = len(self.layout) - old
         for name, data in self._data.items():
-            self._data[name] = np.concatenate(
-                [data, _filled((more, *data.shape[1:]), self._arrays[name].dtype)]
-            )
+            self._data[name] = np.concatenate([data, _filled((more, *data.shape[1:]), self._arrays[name].dtype)])
         self._error = np.concatenate([self._error, _filled((more,), "str")])
         self._status = np.concatenate([self._status, np.zeros(more, "int8")])
         return range(old, old + more)

@@ -56,9 +56,7 @@ class Run:
     run again.
     """
 
-    def __init__(
-        self, tree: xr.DataTree, path: str | Path | None = None, rows: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, tree: xr.DataTree, path: str | Path | None = None, rows: np.ndarray | None = None) -> None:
         self.tree = tree
         self.path = path
         self._rows = rows
@@ -151,9 +149,7 @@ class Run:
         node = self._attention_node(grid or (self.grids[0] if self.grids else None))
         names = [n for n in TOKEN_FILL if n in node.coords]
         table = node.to_dataset(inherit=True)
-        return table.drop_vars([v for v in table.variables if v not in {*names, "sample"}]).reset_coords(
-            names
-        )
+        return table.drop_vars([v for v in table.variables if v not in {*names, "sample"}]).reset_coords(names)
 
     # Selections
 
@@ -162,9 +158,7 @@ class Run:
         rows = positions(sample, len(self))
         chosen: Any = rows
         if len(rows) and len(rows) == rows[-1] - rows[0] + 1 and (np.diff(rows) == 1).all():
-            chosen = slice(
-                int(rows[0]), int(rows[-1]) + 1
-            )  # a slice reads whole chunks, a list each by itself
+            chosen = slice(int(rows[0]), int(rows[-1]) + 1)  # a slice reads whole chunks, a list each by itself
         base = np.arange(len(self)) if self._rows is None else self._rows
         return Run(self.tree.isel(sample=chosen), self.path, base[rows])
 
@@ -263,16 +257,9 @@ class Run:
         return self.tree.children["attention"].children[grid or grids[0]]
 
     def _lacking(self, name: str, field: str | None) -> StoreError:
-        has = [
-            str(p.path).strip("/") + "/" + str(v)
-            for p in self.tree.subtree
-            if p.path != "/"
-            for v in p.data_vars
-        ]
+        has = [str(p.path).strip("/") + "/" + str(v) for p in self.tree.subtree if p.path != "/" for v in p.data_vars]
         fix = f"trace again with {field}" if field else "trace again"
-        return StoreError(
-            f"{name} was asked for, but this run did not capture it; it has: {', '.join(has)}; {fix}"
-        )
+        return StoreError(f"{name} was asked for, but this run did not capture it; it has: {', '.join(has)}; {fix}")
 
 
 def _python(values: np.ndarray) -> np.ndarray:

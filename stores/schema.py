@@ -26,9 +26,7 @@ class Array:
 
     def __post_init__(self) -> None:
         if len(self.dims) != len(self.shape):
-            raise StoreError(
-                f"an array has dims {self.dims} but shape {self.shape}; give one size for each dim"
-            )
+            raise StoreError(f"an array has dims {self.dims} but shape {self.shape}; give one size for each dim")
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -113,9 +111,7 @@ class TokenTable:
     def padded(self, width: int) -> "TokenTable":
         """Return the table widened to `width` columns by unused ones."""
         if width < self.width:
-            raise StoreError(
-                f"a prompt needs {self.width} token columns, but the run has {width}; start a new run"
-            )
+            raise StoreError(f"a prompt needs {self.width} token columns, but the run has {width}; start a new run")
         extra = width - self.width
         columns = {
             name.removeprefix("token_"): np.pad(

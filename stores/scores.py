@@ -32,9 +32,7 @@ def write_scores(
         if not isinstance(name, str) or not name:
             raise StoreError(f"a metric is called {name!r}; name it by text such as 'clip:prompt'")
         if found.shape != (n,):
-            raise StoreError(
-                f"scores {name!r} have shape {found.shape} for {n} samples; give one value for each"
-            )
+            raise StoreError(f"scores {name!r} have shape {found.shape} for {n} samples; give one value for each")
         new[name] = found
     if path is not None:
         if not isinstance(path, Path):
@@ -90,9 +88,7 @@ def _write(path: Path, rows: np.ndarray, new: dict[str, np.ndarray]) -> None:
                 data,
             )
     for first in range(0, len(names), _METRIC_ROWS):
-        data = encode(
-            padded(np.array(names[first : first + _METRIC_ROWS], object), metric.outer), compress=True
-        )
+        data = encode(padded(np.array(names[first : first + _METRIC_ROWS], object), metric.outer), compress=True)
         part = first // _METRIC_ROWS
         write_file(folder / "metric" / f".{part}{PARTIAL}", folder / "metric" / "c" / str(part), data)
     row = node_rows(SCORES_NODE)["score"]

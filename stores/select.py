@@ -19,9 +19,7 @@ def positions(sample: Any, n: int) -> np.ndarray:
     chosen = np.atleast_1d(np.asarray(sample))
     if chosen.dtype == bool:
         if len(chosen) != n:
-            raise StoreError(
-                f"a mask of {len(chosen)} was given for {n} samples; give one value for each sample"
-            )
+            raise StoreError(f"a mask of {len(chosen)} was given for {n} samples; give one value for each sample")
         return np.flatnonzero(chosen)
     chosen = chosen.astype("int64")
     bad = chosen[(chosen < -n) | (chosen >= n)]
@@ -53,9 +51,7 @@ def unstack(tree: xr.DataTree, table: pd.DataFrame) -> xr.DataTree:
     for node in tree.subtree:
         data = node.to_dataset(inherit=False).drop_vars(["sample", *_AXES], errors="ignore")
         new = data.map(_arrange, where=where, shape=shape, keep_attrs=True)
-        new = new.assign_coords(
-            {n: _arrange(c.reset_coords(drop=True), where, shape) for n, c in data.coords.items()}
-        )
+        new = new.assign_coords({n: _arrange(c.reset_coords(drop=True), where, shape) for n, c in data.coords.items()})
         new.attrs = data.attrs
         parts[node.path] = new.assign_coords(coords) if node.path == tree.path else new
     return xr.DataTree.from_dict(parts)

@@ -60,9 +60,7 @@ def _table(path: str, dims: tuple[str, ...], values: np.ndarray) -> Node:
 
 def _sampled(path: str, array: Array, rows: int) -> Node:
     placement = place(path, array, rows)
-    return Node(
-        array_metadata(array.shape, array.dims, array.dtype, plain(array.attrs), placement), placement
-    )
+    return Node(array_metadata(array.shape, array.dims, array.dtype, plain(array.attrs), placement), placement)
 
 
 def group_metadata(attrs: dict[str, Any]) -> dict[str, Any]:

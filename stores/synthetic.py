@@ -73,9 +73,7 @@ def synthetic_run(
     """
     unknown = sorted({*omit} - {*OMITTABLE})
     if unknown or tokens not in ("prompt", "all"):
-        raise StoreError(
-            f"a synthetic run cannot omit {unknown} or have tokens={tokens!r}; omit: {OMITTABLE}"
-        )
+        raise StoreError(f"a synthetic run cannot omit {unknown} or have tokens={tokens!r}; omit: {OMITTABLE}")
     maker = _Maker(samples, steps, [str(h) for h in range(heads)] if isinstance(heads, int) else ["mean"],
                    tokens, tuple(conditions), tuple(branches), seed)  # fmt: skip
     layout = maker.layout([_size(g) for g in grids], frozenset(omit))
@@ -244,14 +242,10 @@ def _token_table(prompts: list[str], *, apart: bool) -> TokenTable:
     width = max(len(line) for line in lines) if lines else 1
     lines = [line + [("", "", -1, 0)] * (width - len(line)) for line in lines]
     columns = [
-        np.array([cell[c] for line in lines for cell in line], "int32" if c > 1 else object).reshape(
-            -1, width
-        )
+        np.array([cell[c] for line in lines for cell in line], "int32" if c > 1 else object).reshape(-1, width)
         for c in range(4)
     ]
     text, role, word, count = columns
-    ids = np.array([[sum(t.encode()) % 997 if t else -1 for t in line] for line in text], "int32").reshape(
-        -1, width
-    )
+    ids = np.array([[sum(t.encode()) % 997 if t else -1 for t in line] for line in text], "int32").reshape(-1, width)
     uncond = np.where(role == "", "", np.where(role == "bos", "<s>", "</s>")).astype(object)
     return TokenTable(text, ids, role, word, count, uncond)

@@ -93,9 +93,7 @@ def _layers(node: str) -> tuple[Variable, ...]:
     head = "`mean`, or the numbers of the heads"
     return (
         Variable(node, "branch", ("branch",), _STR, "table", "`cond` or `uncond`", "", True, True),
-        Variable(
-            node, "layer", ("layer",), _STR, "table", "site names of the attention layers", "", True, True
-        ),
+        Variable(node, "layer", ("layer",), _STR, "table", "site names of the attention layers", "", True, True),
         Variable(node, "head", ("head",), _STR, "table", head, "", True, True),
     )
 

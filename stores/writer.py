@@ -46,9 +46,7 @@ class RunWriter:
         refused.
         """
         if not 0 <= i < len(self):
-            raise StoreError(
-                f"sample {i} was begun, but the run has {len(self)}, numbered from 0; grow it first"
-            )
+            raise StoreError(f"sample {i} was begun, but the run has {len(self)}, numbered from 0; grow it first")
         if self._status[i] == DONE:
             raise StoreError(f"sample {i} is already done; skip the samples whose writer.status is 1")
         self._discard(i)
@@ -62,9 +60,7 @@ class RunWriter:
             raise StoreError(f"{name} has dims {array.dims} and no steps to append; use put")
         step = progress.get(name, 0)
         if step >= steps:
-            raise StoreError(
-                f"sample {i} already has all {steps} steps of {name}; the run was planned with {steps}"
-            )
+            raise StoreError(f"sample {i} already has all {steps} steps of {name}; the run was planned with {steps}")
         self._add(i, name, step, self._value(name, array, block, array.shape[2:]))
         progress[name] = step + 1
 
@@ -94,9 +90,7 @@ class RunWriter:
             elif not found:
                 absent.append(name)
         if lacking:
-            raise StoreError(
-                f"sample {i} cannot be committed: it lacks {', '.join(lacking)}; write these first"
-            )
+            raise StoreError(f"sample {i} cannot be committed: it lacks {', '.join(lacking)}; write these first")
         for name in absent:  # a chunk that is missing always means damage
             array = self._arrays[name]
             self._put(i, name, np.full(array.sample_shape, fill_value(array.dtype)))
@@ -135,9 +129,7 @@ class RunWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is None:
             self.close()
             return
@@ -161,9 +153,7 @@ class RunWriter:
     def _array(self, name: str) -> Array:
         if name not in self._arrays:
             known = sorted(self._arrays)
-            raise StoreError(
-                f"this run has no array {name!r}{nearest(name, known)}; it has: {', '.join(known)}"
-            )
+            raise StoreError(f"this run has no array {name!r}{nearest(name, known)}; it has: {', '.join(known)}")
         return self._arrays[name]
 
     def _begun(self, i: int) -> dict[str, int]:

@@ -37,9 +37,7 @@ def test_a_run_is_the_same_each_time():
 def test_synthetic_attention_and_latents_are_what_they_claim(run):
     p = run.attention("8x8").astype("float32")
     assert abs(p.sum("token") - 1).max() < 4e-3
-    assert (
-        p.isnull().any(["step", "query_y", "query_x", "layer", "head", "branch"]) == (p.token_role == "")
-    ).all()
+    assert (p.isnull().any(["step", "query_y", "query_x", "layer", "head", "branch"]) == (p.token_role == "")).all()
     assert (p.token_role == "").any()
     t = run.trajectory
     noise = (t.latents - t.data_scale * t.final_latents) / t.noise_scale
@@ -171,9 +169,7 @@ def test_the_overview_tells_what_is_inside(run):
         assert part in text
 
 
-@pytest.mark.parametrize(
-    "name", ["attention/8x8/probs", "trajectory/latents", "images/image", "images/thumb"]
-)
+@pytest.mark.parametrize("name", ["attention/8x8/probs", "trajectory/latents", "images/image", "images/thumb"])
 def test_a_flipped_bit_is_found_by_zarr_and_by_verify(tmp_path, name):
     run = synthetic_run(path=tmp_path / "r.zarr", samples=2)
     file = next(p for p in sorted((run.path / name / "c").rglob("*")) if p.is_file())

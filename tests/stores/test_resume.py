@@ -137,9 +137,7 @@ def test_columns_cannot_take_names_of_ours(tmp_path, column):
 
 def test_a_killed_creation_leaves_nothing_in_the_way(tmp_path, monkeypatch):
     path = tmp_path / "r.zarr"
-    dead = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
-    )
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     import socket
 
     left = tmp_path / f".r.zarr.{socket.gethostname()}.{dead.stdout.strip()}.creating"
@@ -221,9 +219,7 @@ with create_run(sys.argv[1], small_layout(n=40)) as writer:
 def start(path):
     root = Path(__file__).parents[2]
     env = os.environ | {"PYTHONPATH": str(root)}
-    worker = subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(path)], stdout=subprocess.PIPE, env=env, text=True
-    )
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, str(path)], stdout=subprocess.PIPE, env=env, text=True)
     worker.stdout.readline()
     return worker
 

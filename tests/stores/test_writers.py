@@ -52,9 +52,7 @@ dims = st.integers(1, 5)
 @given(n=st.integers(1, 3), steps=st.integers(1, 23), branch=st.integers(1, 2), token=st.integers(1, 16),
        y=dims, x=dims, stepwise=st.booleans(), node=st.sampled_from(["attention/2x2", "sites/s"]),
        dtype=st.sampled_from(["float16", "float32"]))  # fmt: skip
-def test_every_shape_is_read_back_by_stock_zarr(
-    tmp_path_factory, n, steps, branch, token, y, x, stepwise, node, dtype
-):
+def test_every_shape_is_read_back_by_stock_zarr(tmp_path_factory, n, steps, branch, token, y, x, stepwise, node, dtype):
     name = "probs" if node.startswith("attention") else "value"
     dims = ("sample", "step", "branch", "layer", "head", "token", "query_y", "query_x")
     array = Array(dims, (n, steps, branch, 2, 1, token, y, x), dtype)
@@ -71,9 +69,7 @@ def test_every_shape_is_read_back_by_stock_zarr(
                 writer.put(i, f"{node}/{name}", values[i])
             writer.commit(i)
     np.testing.assert_array_equal(zarr.open_group(path, mode="r")[f"{node}/{name}"][:], values)
-    np.testing.assert_array_equal(
-        zarr.open_group(path, mode="r", use_consolidated=False)[f"{node}/{name}"][:], values
-    )
+    np.testing.assert_array_equal(zarr.open_group(path, mode="r", use_consolidated=False)[f"{node}/{name}"][:], values)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
@@ -162,9 +158,7 @@ def test_the_error_of_the_caller_is_not_hidden(tmp_path):
 
 def test_an_array_may_be_optional(tmp_path):
     layout = small_layout(n=1)
-    layout.groups["mine/s"] = Group(
-        {"value": Array(("sample", "step", "extra"), (1, 13, 3), "float32", {}, True)}
-    )
+    layout.groups["mine/s"] = Group({"value": Array(("sample", "step", "extra"), (1, 13, 3), "float32", {}, True)})
     with create_run(tmp_path / "r.zarr", layout) as writer:
         writer.begin(0)
         for name, value in small_values(layout, 0).items():
@@ -189,7 +183,5 @@ def test_at_most_six_files_a_sample(tmp_path):
 def test_a_plain_reader_sees_coordinates_where_they_belong(tmp_path):
     synthetic_run(path=tmp_path / "r.zarr")
     tree = xr.open_datatree(tmp_path / "r.zarr", engine="zarr")
-    assert {"timestep", "sigma", "token_text", "layer", "head", "branch", "step"} <= set(
-        tree["attention/8x8"].coords
-    )
+    assert {"timestep", "sigma", "token_text", "layer", "head", "branch", "step"} <= set(tree["attention/8x8"].coords)
     assert set(tree.coords) == {"sample"}
