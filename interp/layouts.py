@@ -33,6 +33,8 @@ def captured_sites(
     family: Family, capture: Capture, height: int, width: int
 ) -> tuple[list[AttentionSite], list[SiteCapture]]:
     """Return the attention sites (with their grids) and module sites that a capture selects."""
+    if capture.attention is None and not capture.sites:
+        return [], []
     shapes, grids = dry_run(family, height, width)
     attention = [
         AttentionSite(s.name, s.module, s.kind, s.heads, grids[s.name])
