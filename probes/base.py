@@ -117,16 +117,16 @@ def probe(
     Raises InterpError when the signature breaks these rules.
 
     >>> from interp.stores import synthetic_run
-    >>> @probe("size", needs={"trajectory": ["latents"]})
-    ... def size(run, *, power: int = 1):
+    >>> @probe("std", needs={"trajectory": ["latents"]})
+    ... def std(run, *, power: int = 1):
     ...     '''Standard deviation of the latents at each step (latent units).'''
     ...     width = run.latents.std(["channel", "y", "x"]) ** power
     ...     return width.assign_attrs(units="latent units")
-    >>> size(synthetic_run(samples=2, steps=6))["size"].dims
+    >>> std(synthetic_run(samples=2, steps=6))["std"].dims
     ('sample', 'step')
-    >>> size(synthetic_run(), powr=2)
+    >>> std(synthetic_run(), powr=2)
     Traceback (most recent call last):
-    interp.stores.errors.InterpError: probe 'size' has no parameter 'powr'; it has power; did you mean 'power'?
+    interp.stores.errors.InterpError: probe 'std' has no parameter 'powr'; it has power; did you mean 'power'?
     """
     if not isinstance(name, str):
         raise InterpError('@probe was used without a name: write @probe("my_probe") above the function')

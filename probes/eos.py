@@ -239,7 +239,7 @@ def _alignment(
 
 def _latent_distance(run: Run, pairing: Pairing) -> np.ndarray:
     """(pair, step, reference), reading one pair of trajectories at a time."""
-    latents = run.tree["trajectory"].to_dataset()["latents"].transpose("sample", "step", "channel", "y", "x")
+    latents = run.tree["trajectory"].to_dataset()["latents"]
     result = np.full((len(pairing.swap), latents.sizes["step"], 2), np.nan)
     for p, i in enumerate(pairing.swap):
         mine = latents.isel(sample=int(i)).values.astype(np.float64)

@@ -56,9 +56,9 @@ def open_grids(run: Run, *, steps: Any = None, layers: str | Sequence[str] | Non
         chosen = [i for i, site in enumerate(sites) if _matches(site, layers)]
         if not chosen:
             continue
-        probs = dataset["probs"].isel(branch=branches.index("cond"), layer=chosen)
-        probs = probs.isel(step=chosen_steps(dataset["step"].values, steps))
-        probs = probs.transpose("sample", "step", "layer", "head", "token", "query_y", "query_x")
+        # No transpose here: of an array not yet loaded it makes an index as large as the data.
+        at = chosen_steps(dataset["step"].values, steps)
+        probs = dataset["probs"].isel(branch=branches.index("cond"), layer=_slice(chosen), step=_slice(at))
         grids.append(Grid(str(name), probs, _token_table(dataset)))
     for pattern in () if layers is None else (layers,) if isinstance(layers, str) else layers:
         if not any(fnmatchcase(site, pattern) for site in known):
@@ -117,13 +117,14 @@ def reduce_sample(grid: Grid, i: int) -> tuple[np.ndarray, np.ndarray]:
     count = np.zeros(total.shape, dtype=np.int32)
     mass = []
     for start in range(0, one.sizes["step"], STEPS_AT_ONCE):
-        block = one.isel(step=slice(start, start + STEPS_AT_ONCE)).values.astype(np.float64)
-        mass.append(block.mean((2, 4, 5)))
-        there = np.isfinite(block)
-        total += np.where(there, block, 0).sum(0)
-        count += there.sum(0, dtype=np.int32)
+        for stored in one.isel(step=slice(start, start + STEPS_AT_ONCE)).values:  # as stored: half precision
+            maps = stored.astype(np.float64)
+            mass.append(maps.mean((1, 3, 4)))
+            there = np.isfinite(maps)
+            total += np.where(there, maps, 0)
+            count += there
     with np.errstate(invalid="ignore"):
-        return total / np.where(count == 0, np.nan, count), np.concatenate(mass)
+        return total / np.where(count == 0, np.nan, count), np.stack(mass)
 
 
 def role_mass(mass: np.ndarray, roles: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -165,6 +166,12 @@ def resize(maps: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return maps (…, y, x) resized bicubically to (…, height, width), clamped at 0: cubics undershoot."""
     rows, columns = resize_matrix(maps.shape[-2], height), resize_matrix(maps.shape[-1], width)
     return np.maximum(rows @ maps @ columns.T, 0)
+
+
+def _slice(positions: Sequence[int] | np.ndarray) -> Any:
+    """Consecutive positions as a slice, which is read from disk without detours."""
+    where = np.asarray(positions)
+    return slice(int(where[0]), int(where[-1]) + 1) if (np.diff(where) == 1).all() else where
 
 
 def _matches(site: str, layers: str | Sequence[str] | None) -> bool:

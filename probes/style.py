@@ -36,7 +36,7 @@ def new_figure(
     grid = figure.subplots(rows, columns, squeeze=False)
     for ax in grid.flat:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=8)
+        ax.tick_params(which="both", labelsize=8)
         ax.xaxis.label.set_size(9)
         ax.yaxis.label.set_size(9)
     return figure, list(grid.flat)
