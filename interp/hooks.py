@@ -21,8 +21,8 @@ from interp.kernels import AttentionCall, KernelObserver
 
 QUANTITIES = ("in", "out", "q", "k", "v", "probs")
 
-# Branches of the denoiser call in progress when an outer registry has dropped some: an inner one must see the same.
-_RUNNING: ContextVar[dict[int, tuple[str, ...]] | None] = ContextVar("running branches", default=None)
+# Calls in progress by denoiser, outermost registry first: what one of them drops, all of them must know.
+_RUNNING: ContextVar["dict[int, tuple[DenoiserCall, ...]] | None"] = ContextVar("running calls", default=None)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ class HookRegistry:
         if clock.scheduler is not self.pipe.scheduler:
             clock.attach(self.pipe.scheduler)
         running = _RUNNING.get() or {}
-        branches = running.get(id(module)) or self.family.branches()
+        around = running.get(id(module), ())
+        branches = around[-1].branches if around else self.family.branches()
         rows = args[0].shape[0] if args else kwargs["sample"].shape[0]
         if rows % len(branches):
             raise InterpError(
@@ -198,9 +199,10 @@ class HookRegistry:
         kept = tuple(b for b in branches if b in call.keep)
         if kept != branches:
             call.args, call.kwargs = keep_rows((call.args, call.kwargs), rows, branches, kept)
-        token = _RUNNING.set({**running, id(module): kept})
+        for one in (*around, call):
+            one.branches = kept
+        token = _RUNNING.set({**running, id(module): (*around, call)})
         outer, self._call = self._call, call
-        call.branches = kept
         try:
             out = run(*call.args, **call.kwargs)
         finally:
@@ -208,7 +210,9 @@ class HookRegistry:
             self._call = outer
         if module is self.family.denoiser and self._predictions:
             sample = out[0] if isinstance(out, tuple) else out.sample
-            prediction = Prediction(split_rows(sample, kept), call)
+            # an inner registry may have dropped more since, and call.branches tells what is left
+            outputs = {b: t for b, t in split_rows(sample, kept).items() if b in call.branches}
+            prediction = Prediction(outputs, call)
             for fn in self._predictions:
                 fn(prediction)
         return out if kept == branches else stack_rows(out, branches, kept)
