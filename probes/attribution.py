@@ -125,7 +125,7 @@ def attention_mass(
     Returns a Dataset, float64 (sample, step, layer, role): `mass`, the sum over the role's tokens (over the
     roles it adds up to 1 if every token was captured), and `mass_per_token`, the mean over them, as in the
     paper's Figure 3. A role without tokens is NaN, and so is a step at which the branch was not evaluated.
-    `layer` holds site names, `grid` (layer) the grid of each.
+    `layer` holds site names, those of the finest grid first, `grid` (layer) the grid of each.
 
     Raises InterpError for steps or layers that were not captured. Source: Yi et al., arXiv:2405.15330,
     section 5.1.
@@ -140,9 +140,7 @@ def attention_mass(
     return xr.Dataset(_mass_variables(grids, masses), {**sample_labels(run), **_mass_coords(grids)})
 
 
-def _normalised(
-    maps: np.ndarray, words: np.ndarray, roles: np.ndarray, how: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _normalised(maps: np.ndarray, words: np.ndarray, roles: np.ndarray, how: str) -> tuple[np.ndarray, np.ndarray]:
     """Normalise token maps (token, y, x) and word maps (word, y, x) of one sample; 0/0 is NaN."""
     with np.errstate(invalid="ignore", divide="ignore"):
         if how in ("token", "words"):
@@ -158,9 +156,7 @@ def _normalised(
 def _mass_variables(grids: list[Grid], masses: list[list[np.ndarray]]) -> dict[str, Any]:
     table = grids[0].table
     roles, counts = table["role"].values, table["count"].values
-    parts = [
-        [role_mass(mass, roles[i], counts[i]) for i, mass in enumerate(per_sample)] for per_sample in masses
-    ]
+    parts = [[role_mass(mass, roles[i], counts[i]) for i, mass in enumerate(per_sample)] for per_sample in masses]
     dims, result = ("sample", "step", "layer", "role"), {}
     names = {
         "mass": "attention to all tokens of the role",
@@ -189,9 +185,7 @@ def _all_steps(grids: list[Grid]) -> np.ndarray:
 
 
 def _merged(grids: list[Grid], coord: str) -> np.ndarray:
-    known = {
-        int(s): v for g in grids for s, v in zip(g.probs["step"].values, g.probs[coord].values, strict=True)
-    }
+    known = {int(s): v for g in grids for s, v in zip(g.probs["step"].values, g.probs[coord].values, strict=True)}
     return np.array([known[int(s)] for s in _all_steps(grids)])
 
 

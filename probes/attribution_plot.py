@@ -57,9 +57,7 @@ def draw_maps(
         box = (0, 1, 1, 0)  # image and map cover the same square, whatever their grids
         shape = next((a.shape for a in (image, heat) if a is not None), (1, 1))
         if image is not None:
-            shown = (
-                image if heat is None else np.repeat(image.mean(-1, keepdims=True).astype(image.dtype), 3, -1)
-            )
+            shown = image if heat is None else np.repeat(image.mean(-1, keepdims=True).astype(image.dtype), 3, -1)
             ax.imshow(shown, extent=box, interpolation="bilinear")
         if heat is not None:
             low, top = (np.nanmin(heat), np.nanmax(heat)) if np.isfinite(heat).any() else (0.0, 1.0)
@@ -75,9 +73,7 @@ def draw_maps(
         ax.set_aspect(shape[0] / shape[1])
     prompts = [str(ds["prompt"].values[s]) for s in samples] if "prompt" in ds.coords else []
     figure.suptitle(" · ".join(prompts), fontsize=10)
-    figure.supxlabel(
-        f"brightness: {ds.word_map.attrs['units']}, each map from its minimum to its maximum", fontsize=7
-    )
+    figure.supxlabel(f"brightness: {ds.word_map.attrs['units']}, each map from its minimum to its maximum", fontsize=7)
     return figure
 
 

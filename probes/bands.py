@@ -93,9 +93,7 @@ def split_bands(field: xr.DataArray, *, low_fraction: float = 0.2, mask: str = "
     (('band', 'sample', 'step', 'channel', 'y', 'x'), ['low', 'high'])
     """
     if not {"y", "x"} <= set(field.dims):
-        raise InterpError(
-            f"split_bands needs dimensions y and x; this field has {', '.join(map(str, field.dims))}"
-        )
+        raise InterpError(f"split_bands needs dimensions y and x; this field has {', '.join(map(str, field.dims))}")
     low = low_mask(field.sizes["y"], field.sizes["x"], low_fraction=low_fraction, mask=mask)
     dtype = field.dtype if field.dtype.kind == "f" and field.dtype.itemsize >= 4 else np.dtype("float32")
 

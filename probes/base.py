@@ -61,9 +61,7 @@ class Probe:
     def params(self) -> dict[str, Parameter]:
         """Each parameter's default and annotation, in order."""
         return {
-            p.name: Parameter(
-                p.default, "" if p.annotation is p.empty else inspect.formatannotation(p.annotation)
-            )
+            p.name: Parameter(p.default, "" if p.annotation is p.empty else inspect.formatannotation(p.annotation))
             for p in signature_of(self.name, self.fn)
         }
 

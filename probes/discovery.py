@@ -80,13 +80,9 @@ def find_plugin(name: str, group: str) -> Any:
         return matches[0].load()
     kind = re.sub("(ie)?s$", lambda end: "y" if end[1] else "", group.rpartition(".")[2])
     if matches:
-        raise InterpError(
-            f"two plugins are called {name!r}: {' and '.join(map(str, matches))}; uninstall one"
-        )
+        raise InterpError(f"two plugins are called {name!r}: {' and '.join(map(str, matches))}; uninstall one")
     names = sorted({p.name for p in everything})
-    listed = (
-        f"installed: {', '.join(names)}" if names else "none is installed (pip install -e . installs ours)"
-    )
+    listed = f"installed: {', '.join(names)}" if names else "none is installed (pip install -e . installs ours)"
     raise InterpError(f"no {kind} named {name!r}; {listed}{nearest(name, names)}")
 
 
@@ -189,19 +185,13 @@ def _probe_of_file(file: str, wanted: str) -> Probe:
     if wanted:
         if wanted not in probes:
             listed = ", ".join(probes) or "none"
-            raise InterpError(
-                f"{file!r} has no probe named {wanted!r}; it has {listed}{nearest(wanted, probes)}"
-            )
+            raise InterpError(f"{file!r} has no probe named {wanted!r}; it has {listed}{nearest(wanted, probes)}")
         return probes[wanted]
     if len(probes) == 1:
         return next(iter(probes.values()))
     if not probes:
-        raise InterpError(
-            f'{file!r} has no probe: write @probe("{Path(file).stem}") above a function of a run'
-        )
-    raise InterpError(
-        f"{file!r} has several probes: ask for one of {', '.join(f'{file}:{n}' for n in probes)}"
-    )
+        raise InterpError(f'{file!r} has no probe: write @probe("{Path(file).stem}") above a function of a run')
+    raise InterpError(f"{file!r} has several probes: ask for one of {', '.join(f'{file}:{n}' for n in probes)}")
 
 
 def _summary(target: str) -> str:

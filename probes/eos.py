@@ -33,9 +33,7 @@ class Pairing:
     target: np.ndarray
 
 
-@probe(
-    "eos_replacement", needs={"trajectory": ["latents"], "scores": True, "samples": ["condition"]}, plot=draw
-)
+@probe("eos_replacement", needs={"trajectory": ["latents"], "scores": True, "samples": ["condition"]}, plot=draw)
 def eos_replacement(
     run: Run,
     *,
@@ -136,9 +134,7 @@ def eos_replacement(
     return xr.Dataset(data, coords, {"level": 0.95, "resampled": unit, "pairs": len(chosen)})
 
 
-def pair(
-    samples: pd.DataFrame, *, baseline: str, swap: str, target: str, target_condition: str | None
-) -> Pairing:
+def pair(samples: pd.DataFrame, *, baseline: str, swap: str, target: str, target_condition: str | None) -> Pairing:
     """Pair the finished rows of a run's table of samples, by position: see `eos_replacement`.
 
     A swap row's baseline A is the baseline row of the same prompt_id and seed, or failing that of the same
@@ -148,9 +144,7 @@ def pair(
     rows = {name: _rows(samples, name) for name in conditions}
     by_id = _index(samples, rows[baseline], "prompt_id")
     by_prompt = _index(samples, rows[baseline], "prompt")
-    by_target = (
-        by_prompt if target_condition is None else _index(samples, rows[target_condition], "prompt_id")
-    )
+    by_target = by_prompt if target_condition is None else _index(samples, rows[target_condition], "prompt_id")
     source, other = [], []
     for i in rows[swap]:
         row = samples.iloc[i]
@@ -158,9 +152,7 @@ def pair(
         if same_id >= 0 and samples["prompt"].iloc[same_id] != row["prompt"]:
             same_id = -1
         source.append(same_id if same_id >= 0 else by_prompt.get((row["prompt"], row["seed"]), -1))
-        other.append(
-            by_target.get((row[target] if target_condition is None else row["prompt_id"], row["seed"]), -1)
-        )
+        other.append(by_target.get((row[target] if target_condition is None else row["prompt_id"], row["seed"]), -1))
     if max(source, default=-1) < 0:
         raise InterpError(
             f"no sample of condition {swap!r} has a finished {baseline!r} sample of its prompt and seed: "
@@ -173,9 +165,7 @@ def _rows(samples: pd.DataFrame, condition: str) -> list[int]:
     known = list(dict.fromkeys(samples["condition"].astype(str)))
     if condition not in known:
         listed = ", ".join(known)
-        raise InterpError(
-            f"this run has no condition {condition!r}; it has {listed}{nearest(condition, known)}"
-        )
+        raise InterpError(f"this run has no condition {condition!r}; it has {listed}{nearest(condition, known)}")
     done = samples["status"].to_numpy() == 1 if "status" in samples else np.ones(len(samples), dtype=bool)
     rows: list[int] = np.flatnonzero((samples["condition"] == condition).to_numpy() & done).tolist()
     if not rows:
@@ -219,9 +209,7 @@ def _metrics(run: Run, target: str, metrics: Sequence[str] | str | None) -> list
     return wanted
 
 
-def _alignment(
-    run: Run, pairing: Pairing, samples: pd.DataFrame, names: list[str], target: str
-) -> np.ndarray:
+def _alignment(run: Run, pairing: Pairing, samples: pd.DataFrame, names: list[str], target: str) -> np.ndarray:
     """(pair, metric, image, text): an image's score against A or B, where one of its columns is that text."""
     score = run.tree["scores"].to_dataset()["score"]
     columns = {column: samples[column].to_numpy() for column in (target, "prompt")}

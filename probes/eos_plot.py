@@ -38,9 +38,7 @@ def draw(ds: xr.Dataset) -> Figure:
                 label=f"with the {text} {letter}",
             )
         ax.set_xticks(range(3), [labels[str(i)] for i in ds["image"].values])
-        ax.set(
-            xlim=(-0.5, 2.5), xlabel="image made from", ylabel=f"{metric} alignment (the metric's own unit)"
-        )
+        ax.set(xlim=(-0.5, 2.5), xlabel="image made from", ylabel=f"{metric} alignment (the metric's own unit)")
         wins, (low, high) = (
             float(ds["target_wins"].sel(metric=metric)),
             ds["target_wins_interval"].sel(metric=metric),

@@ -46,9 +46,7 @@ def draw(ds: xr.Dataset) -> Figure:
         curve(norms, ds.step, part.data_norm, color=colour[band], label=f"data, {band}")
         curve(norms, ds.step, part.noise_norm, color=colour[band], label=f"noise, {band}", dashed=True)
         curve(ratios, ds.step, part.variation, color=colour[band], label=f"denoising, {band}")
-        curve(
-            ratios, ds.step, part.noising_variation, color=colour[band], label=f"noising, {band}", dashed=True
-        )
+        curve(ratios, ds.step, part.noising_variation, color=colour[band], label=f"noising, {band}", dashed=True)
     norms.set(ylabel=f"norm ({ds.data_norm.units})")
     title(norms, "Data and noise parts of x_t")
     ratios.set(ylabel="‖x_t − x_0‖ / ‖x_0‖ (1)", yscale="log")
@@ -71,9 +69,7 @@ def draw(ds: xr.Dataset) -> Figure:
 
 
 @probe("frequency_energy", needs={"trajectory": ["latents", "final_latents"]}, plot=draw)
-def frequency_energy(
-    run: Run, *, low_fraction: float = 0.2, mask: str = "bins", data: str = "final"
-) -> xr.Dataset:
+def frequency_energy(run: Run, *, low_fraction: float = 0.2, mask: str = "bins", data: str = "final") -> xr.Dataset:
     """Low- and high-frequency norms of the latents, their data and their noise part (latent units).
 
     With x_t the latents entering a step and x_0 the final ones, the data part is data_scale·x_0 and the noise
@@ -111,9 +107,7 @@ def frequency_energy(
     data_scale = trajectory["data_scale"].values.astype(np.float64)[:, None, None, None]
     noise_scale = trajectory["noise_scale"].values.astype(np.float64)[:, None, None, None]
     if data == "predicted":
-        require(
-            run, {"trajectory": ["noise_pred", "guidance_scale"]}, asker="frequency_energy(data='predicted')"
-        )
+        require(run, {"trajectory": ["noise_pred", "guidance_scale"]}, asker="frequency_energy(data='predicted')")
     numbers = {name: np.full((n, steps, 2), np.nan) for name in (*NORMS, *RATIOS)}
     for i in range(n):
         one = trajectory.isel(sample=i)
@@ -193,6 +187,4 @@ def predicted_data(run: Run, one: xr.Dataset) -> np.ndarray:
         return x - s * guided
     if kind == "sample":
         return guided
-    raise InterpError(
-        f"this run's prediction_type is {kind!r}, from which x_0 cannot be predicted: use data='final'"
-    )
+    raise InterpError(f"this run's prediction_type is {kind!r}, from which x_0 cannot be predicted: use data='final'")

@@ -41,6 +41,4 @@ def trajectory_of(run: Run) -> xr.Dataset:
 def check_option(asker: str, name: str, value: Any, known: tuple[str, ...]) -> None:
     """Raise InterpError unless the value of an option is one of those known."""
     if value not in known:
-        raise InterpError(
-            f"{asker}: {name}={value!r} is not possible; it is one of {', '.join(map(repr, known))}"
-        )
+        raise InterpError(f"{asker}: {name}={value!r} is not possible; it is one of {', '.join(map(repr, known))}")

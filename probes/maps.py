@@ -43,8 +43,8 @@ def open_grids(run: Run, *, steps: Any = None, layers: str | Sequence[str] | Non
     captured, and for grids whose token columns differ.
     """
     grids, known = [], []
-    for name, node in run.tree["attention"].children.items():
-        dataset = node.to_dataset()
+    for name in run.grids:  # the finest first, in memory and on disk alike
+        dataset = run.tree[f"attention/{name}"].to_dataset()
         branches = [str(b) for b in dataset["branch"].values]
         if "cond" not in branches:
             raise InterpError(
@@ -63,9 +63,7 @@ def open_grids(run: Run, *, steps: Any = None, layers: str | Sequence[str] | Non
     for pattern in () if layers is None else (layers,) if isinstance(layers, str) else layers:
         if not any(fnmatchcase(site, pattern) for site in known):
             listed = ", ".join(known[:6]) + ("" if len(known) <= 6 else f" and {len(known) - 6} more")
-            raise InterpError(
-                f"no captured layer matches {pattern!r}; this run has {listed}{nearest(pattern, known)}"
-            )
+            raise InterpError(f"no captured layer matches {pattern!r}; this run has {listed}{nearest(pattern, known)}")
     for grid in grids[1:]:
         if not grid.table.identical(grids[0].table):
             raise InterpError(

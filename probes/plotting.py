@@ -33,9 +33,7 @@ def plot(ds: xr.Dataset, *, probe: Probe | None = None, **options: Any) -> Figur
     3
     """
     if not isinstance(ds, xr.Dataset) or (probe is None and "probe" not in ds.attrs):
-        raise InterpError(
-            'plot() takes the Dataset that a probe returned: its attrs["probe"] is missing here'
-        )
+        raise InterpError('plot() takes the Dataset that a probe returned: its attrs["probe"] is missing here')
     if probe is None:
         name = str(ds.attrs["probe"])
         probe = loaded_probe(name) or find_probe(name)
@@ -60,9 +58,7 @@ def plot_curves(ds: xr.Dataset) -> Figure:
             mean, others = mean.mean(others, keep_attrs=True), []
         for n, index in enumerate(product(*(range(mean.sizes[d]) for d in others))):
             chosen = dict(zip(others, index, strict=True))
-            label = " ".join(
-                str(mean[d].values[i]) if d in mean.coords else f"{d} {i}" for d, i in chosen.items()
-            )
+            label = " ".join(str(mean[d].values[i]) if d in mean.coords else f"{d} {i}" for d, i in chosen.items())
             ax.plot(mean["step"], mean.isel(chosen), color=PALETTE[n % len(PALETTE)], label=label or None)
         step_axis(ax)
         ax.set_ylabel(f"{key} ({variable.attrs.get('units', '')})")

@@ -24,9 +24,7 @@ ROLE_COLOUR = {"bos": BLACK, "word": BLUE, "eos": ORANGE, "pad": GREEN}
 HEAT = "inferno"
 
 
-def new_figure(
-    columns: int, rows: int = 1, *, width: float = 4.2, height: float = 3.2
-) -> tuple[Figure, list[Axes]]:
+def new_figure(columns: int, rows: int = 1, *, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
     """Return a Figure and its rows·columns axes, row by row; sizes in inches per panel."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -91,9 +91,7 @@ def check_probe(probe: Probe, make_run: Callable[..., Run] = synthetic_run, **pa
     yield Check("same again", lambda: _same(ask(runs(**several)), ask(runs(**several)), exact=True))
     yield Check("dask as eager", lambda: _same(ask(runs(**several)), ask(_lazy(runs(**several)))))
     yield Check("run left as it was", lambda: _unchanged(runs(**several), ask))
-    yield Check(
-        "pickled", lambda: _same(ask(runs(**several)), ask(runs(**several), _pickled(probe)), exact=True)
-    )
+    yield Check("pickled", lambda: _same(ask(runs(**several)), ask(runs(**several), _pickled(probe)), exact=True))
     if probe.plot is not None:
         yield Check("plot", lambda: _drawn(probe, ask(runs(**several))))
 
@@ -121,9 +119,7 @@ def _documented(probe: Probe) -> None:
     for name, p in list(inspect.signature(probe.fn).parameters.items())[1:]:
         assert p.kind is p.KEYWORD_ONLY, f"parameter {name!r} is not keyword-only"
         assert p.default is not p.empty, f"parameter {name!r} has no default"
-        assert name in text.replace("`", " ").split() or f"`{name}" in text, (
-            f"the docstring does not explain {name!r}"
-        )
+        assert name in text.replace("`", " ").split() or f"`{name}" in text, f"the docstring does not explain {name!r}"
 
 
 def _has_numbers(result: xr.Dataset) -> None:
@@ -184,9 +180,7 @@ def _pickled(probe: Probe) -> Probe:
     try:
         again: Probe = pickle.loads(pickle.dumps(probe))  # noqa: S301 - our own bytes
     except (pickle.PicklingError, AttributeError, ImportError, TypeError) as error:
-        raise AssertionError(
-            f"the probe cannot be pickled (define it at the top of a module): {error}"
-        ) from error
+        raise AssertionError(f"the probe cannot be pickled (define it at the top of a module): {error}") from error
     return again
 
 

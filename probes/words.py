@@ -39,9 +39,7 @@ class Words:
         return {"word_text": (dims, self.text), "word_occurrence": (dims, self.occurrence)}
 
 
-def prompt_words(
-    text: Sequence[str], role: Sequence[str], word: Sequence[int]
-) -> list[tuple[str, int, np.ndarray]]:
+def prompt_words(text: Sequence[str], role: Sequence[str], word: Sequence[int]) -> list[tuple[str, int, np.ndarray]]:
     """Return each word of one sample in order: its text, its occurrence (0 = first), its token columns.
 
     >>> [(w, n, t.tolist()) for w, n, t in prompt_words(["a", "tea", "pot"], ["word"] * 3, [0, 1, 1])]
@@ -63,9 +61,7 @@ def chosen_words(table: xr.Dataset, words: Sequence[str | tuple[str, int]] | str
     upper and lower case are one. Raises InterpError for a word that no prompt has.
     """
     samples, tokens = table.sizes["sample"], table.sizes["token"]
-    prompts = [
-        prompt_words(*(table[c].values[i].tolist() for c in ("text", "role", "word"))) for i in range(samples)
-    ]
+    prompts = [prompt_words(*(table[c].values[i].tolist() for c in ("text", "role", "word"))) for i in range(samples)]
     wanted = None if words is None else [_request(w) for w in ([words] if isinstance(words, str) else words)]
     width = max(map(len, prompts), default=0) if wanted is None else len(wanted)
     occurrence = np.full((samples, width), -1, dtype=np.int64)
@@ -82,9 +78,7 @@ def chosen_words(table: xr.Dataset, words: Sequence[str | tuple[str, int]] | str
         if not (occurrence[:, slot] >= 0).any():
             known = {text.casefold() for prompt in prompts for text, _, _ in prompt}
             if name in known:
-                raise InterpError(
-                    f"no prompt of this run has {name!r} {n + 1} times (occurrences count from 0)"
-                )
+                raise InterpError(f"no prompt of this run has {name!r} {n + 1} times (occurrences count from 0)")
             raise InterpError(f"no prompt of this run has the word {name!r}{nearest(name, known)}")
     return Words(np.array(names, dtype=str).reshape(samples, width), occurrence, member)
 

@@ -20,9 +20,7 @@ def write_dist_info(folder: Path, name: str, group: str, entries: dict[str, str]
 
 @pytest.fixture(autouse=True, scope="session")
 def built_in_probes(tmp_path_factory):
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
-        "interp.probes"
-    ]
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["interp.probes"]
     if {e.name for e in entry_points(group="interp.probes")} >= set(declared):
         yield declared
         return

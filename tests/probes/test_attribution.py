@@ -31,9 +31,7 @@ def two_grids(seed=0):
     fine = random_probs((2, 3, 2, 1, 2, 7, 8, 12), seed + 1)
     branches = ("cond", "uncond")
     nodes = {
-        "attention/4x6": attention(
-            coarse, TEXTS, ROLES, WORDS, COUNTS, layers=["down.0", "down.1"], branches=branches
-        ),
+        "attention/4x6": attention(coarse, TEXTS, ROLES, WORDS, COUNTS, layers=["down.0", "down.1"], branches=branches),
         "attention/8x12": attention(fine, TEXTS, ROLES, WORDS, COUNTS, layers=["up.0"], branches=branches),
     }
     return make_run(nodes, prompt=["red teapot red", "cat"]), coarse, fine
@@ -136,7 +134,7 @@ def test_steps_and_layers_are_chosen():
     assert np.allclose(one.token_map[0], fine[0, 2, 0, 0, :].mean(0), equal_nan=True)
     assert one.layer.values.tolist() == ["up.0"] and one.step.values.tolist() == [2]
     part = token_attribution(run, layers=["down.1", "up.0"], steps="1:", normalize="none", grid="4x6")
-    assert part.grid.values.tolist() == ["4x6", "8x12"]
+    assert part.grid.values.tolist() == ["8x12", "4x6"]
     expected = coarse[0, 1:, 0, 1, :, 1].mean(0)
     shrunk = [slow_resize(fine[0, 1:, 0, 0, h, 1].mean(0), 4, 6) for h in range(2)]
     assert np.allclose(part.token_map[0, 1], (expected.mean(0) + np.mean(shrunk, axis=0)) / 2)
@@ -159,8 +157,8 @@ def test_mass_sums_to_one_and_equals_plain_loops():
     ds = attention_mass(run)
     assert ds.mass.dims == ("sample", "step", "layer", "role")
     assert np.allclose(ds.mass.sum("role"), 1)
-    assert ds.grid.values.tolist() == ["4x6", "4x6", "8x12"]
-    everything = [coarse[:, :, 0, 0], coarse[:, :, 0, 1], fine[:, :, 0, 0]]
+    assert ds.grid.values.tolist() == ["8x12", "4x6", "4x6"]
+    everything = [fine[:, :, 0, 0], coarse[:, :, 0, 0], coarse[:, :, 0, 1]]
     for i, roles in enumerate(ROLES):
         for step in range(3):
             for k, probs in enumerate(everything):

@@ -127,9 +127,7 @@ def test_needs_that_are_met():
     require(synthetic_run(), {**needs, "images": True, "text": ["text_encoder"]})
 
 
-@pytest.mark.parametrize(
-    "name", ["frequency_energy", "token_attribution", "attention_mass", "eos_replacement"]
-)
+@pytest.mark.parametrize("name", ["frequency_energy", "token_attribution", "attention_mass", "eos_replacement"])
 def test_plots_have_labelled_axes(name):
     ds = find_probe(name)(swap_run(samples=3))
     figure = plot(ds)
@@ -174,6 +172,22 @@ def test_results_can_be_saved(tmp_path):
         ds.to_zarr(tmp_path / name, consolidated=False, zarr_format=2)
         again = xr.open_zarr(tmp_path / name, consolidated=False).load()
         xr.testing.assert_equal(again, ds)
+
+
+def test_memory_and_disk_give_the_same(tmp_path):
+    kwargs = {"samples": 3, "conditions": ("baseline", "eos"), "grids": ("4x6", "8x8"), "heads": 2}
+    memory = synthetic_run(**kwargs)
+    synthetic_run(**kwargs, path=tmp_path / "run.zarr")
+    disk = open_run(tmp_path / "run.zarr")
+    for name, params in (
+        ("token_attribution", {"steps": [4, 0]}),
+        ("attention_mass", {"steps": "1:3", "layers": "*0*"}),
+        ("eos_replacement", {}),
+        ("frequency_energy", {"data": "predicted"}),
+    ):
+        xr.testing.assert_identical(memory.probe(name, **params).load(), disk.probe(name, **params).load())
+    some = token_attribution(disk.isel([0, 2, 5]))
+    xr.testing.assert_equal(some.word_map, token_attribution(memory).word_map.isel(sample=[0, 2, 5]))
 
 
 def test_importing_is_light():

@@ -41,9 +41,7 @@ def site(tmp_path, monkeypatch):
 
 
 def test_built_in_probes_are_plugins_like_any(built_in_probes):
-    assert {"frequency_energy", "token_attribution", "attention_mass", "eos_replacement"} <= set(
-        built_in_probes
-    )
+    assert {"frequency_energy", "token_attribution", "attention_mass", "eos_replacement"} <= set(built_in_probes)
     for name in built_in_probes:
         assert find_probe(name).name == name and find_probe(name).summary
 
@@ -81,9 +79,7 @@ def test_broken_plugins_are_named_and_take_nobody_down(site):
     assert any("'broken' (their_broken:thing) of their-probes" in t and "no such device" in t for t in texts)
     assert any("'gone'" in t and "no_such_module_at_all" in t for t in texts)
     assert find_probe("sharpness").name == "sharpness"
-    with pytest.raises(
-        InterpError, match=r"plugin 'broken' .* of their-probes cannot be loaded: RuntimeError"
-    ):
+    with pytest.raises(InterpError, match=r"plugin 'broken' .* of their-probes cannot be loaded: RuntimeError"):
         find_probe("broken")
 
 

@@ -100,20 +100,14 @@ def test_without_baseline_b_there_is_nan_not_zero():
     assert ds.sample_target.values.tolist() == [-1] * 3
     assert np.isnan(ds.latent_distance.sel(reference="target")).all()
     assert np.isfinite(ds.latent_distance.sel(reference="source")).all()
-    assert (
-        np.isnan(ds.alignment.sel(image="target")).all() and np.isfinite(ds.alignment.sel(image="swap")).all()
-    )
+    assert np.isnan(ds.alignment.sel(image="target")).all() and np.isfinite(ds.alignment.sel(image="swap")).all()
 
 
 def test_the_same_prompt_with_two_targets_keeps_its_own_scores():
-    run, *_ = hand_run(
-        target=["dog", "cat", "dog", "cat", "bird", "dog", "cat"], prompt_id=[0, 1, 0, 1, 7, 0, 1]
-    )
+    run, *_ = hand_run(target=["dog", "cat", "dog", "cat", "bird", "dog", "cat"], prompt_id=[0, 1, 0, 1, 7, 0, 1])
     ds = eos_replacement(run)
     assert ds.sample_source.values.tolist() == [0, 2]  # found by the prompt: no baseline has id 7
-    assert np.isnan(
-        ds.alignment.sel(image="source", text="target")[0, 0]
-    )  # it was scored against dog, not bird
+    assert np.isnan(ds.alignment.sel(image="source", text="target")[0, 0])  # it was scored against dog, not bird
     assert ds.sample_target.values.tolist() == [-1, 3]
 
 

@@ -102,9 +102,7 @@ def test_noising_again_is_what_an_exact_denoiser_does():
     rng = np.random.default_rng(3)
     final, noise = rng.standard_normal((2, 1, 4, 16, 16))
     a = np.array([1e-4, 0.5, 0.9])
-    run = make_run(
-        {"trajectory": trajectory(noised(final, noise, a, np.sqrt(1 - a**2)), final, a, np.sqrt(1 - a**2))}
-    )
+    run = make_run({"trajectory": trajectory(noised(final, noise, a, np.sqrt(1 - a**2)), final, a, np.sqrt(1 - a**2))})
     ds = frequency_energy(run)
     assert np.allclose(ds.variation, ds.noising_variation, rtol=1e-3)
 
@@ -168,9 +166,7 @@ def test_mistakes_are_sentences():
         frequency_energy(run, low_fraction=1.5)
     with pytest.raises(InterpError, match="'final' or 'predicted'"):
         frequency_energy(run, data="x")
-    with pytest.raises(
-        InterpError, match=r"did not capture.*Capture\(latents=True\)|Capture\(latents=True\)"
-    ):
+    with pytest.raises(InterpError, match=r"did not capture.*Capture\(latents=True\)|Capture\(latents=True\)"):
         frequency_energy(synthetic_run(omit=("latents",)))
     with pytest.raises(InterpError, match=r"Capture\(noise_pred=True\)"):
         frequency_energy(synthetic_run(omit=("noise_pred",)), data="predicted")
