@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from interp.capture import Capture
-from interp.catalog import attention_sites, dry_run, match_sites, text_length
+from interp.catalog import attention_sites, dry_run, match_sites
 from interp.clock import Timeline
 from interp.errors import InterpError
 from interp.families import AttentionSite, Family
@@ -57,8 +57,8 @@ def captured_sites(
 
 
 def run_groups(
-    family: Family, capture: Capture, times: Timeline, tokens: TokenTable, attention: list[AttentionSite],
-    sites: list[SiteCapture], height: int, width: int, n: int,
+    family: Family, capture: Capture, times: Timeline, tokens: TokenTable, every_token: TokenTable,
+    attention: list[AttentionSite], sites: list[SiteCapture], height: int, width: int, n: int,
 ) -> dict[str, Group]:  # fmt: skip
     """Return the store's groups, by path, of `n` samples."""
     channel, y, x = family.latent_shape(height, width)
@@ -92,9 +92,8 @@ def run_groups(
         )
     if capture.text:
         width_of = int(family.dry_inputs(height, width).kwargs["encoder_hidden_states"].shape[-1])
-        length = len(tokens.id[0]) if capture.tokens == "all" else text_length(family)
         groups["text/" + next(iter(family.text_encoders))] = text_group(
-            n, branches=["cond", "uncond"], token=length, feature=width_of
+            n, branches=["cond", "uncond"], token=every_token.width, feature=width_of, tokens=every_token
         )
     if capture.image:
         groups["images"] = images_group(n, height, width)

@@ -167,10 +167,11 @@ def assemble(
     known = {text: tokenize(tokenizer, text) for text in {*samples["prompt"], *samples["negative_prompt"]}}
     tokens = [known[text] for text in samples["prompt"]]
     selection = select_tokens(tokens, [known[text] for text in samples["negative_prompt"]], capture.tokens, columns)
+    every = select_tokens(tokens, [known[text] for text in samples["negative_prompt"]], "all").table
     attention, sites = captured_sites(family, capture, height, width)
     layout = Layout(
         samples=samples,
-        groups=run_groups(family, capture, times, selection.table, attention, sites, height, width, n),
+        groups=run_groups(family, capture, times, selection.table, every, attention, sites, height, width, n),
         attrs=run_attrs(pipe, family, capture, conditions, steps, guidance, height, width, dict(options or {})),
     )
     guided = family.guided(guidance)

@@ -19,7 +19,7 @@ from interp.hooks import HookRegistry
 from interp.planning import Plan, assemble
 from interp.prompts import PromptTable
 from interp.recorder import Recorder, pictures
-from interp.stores import Run, RunWriter, create_run
+from interp.stores import Group, Run, RunWriter, TokenTable, create_run
 from interp.tokens import TokenSelection
 
 
@@ -122,7 +122,7 @@ class Recording:
         before = len(self._writer)
         columns["prompt_id"] = [before + p for p in columns["prompt_id"]]
         columns["batch"] = [max(self._plan.layout.samples["batch"]) + before + b for b in columns["batch"]]
-        tables = {name: plan.selection.table for name in self._plan.layout.groups if name.startswith("attention/")}
+        tables = {n: _token_table(group) for n, group in plan.layout.groups.items() if "token_id" in group.coords}
         samples = list(self._writer.grow(columns, tables))
         return _moved(plan, self._plan, samples), samples
 
@@ -130,6 +130,12 @@ class Recording:
         """Finish writing."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _token_table(group: Group) -> TokenTable:
+    return TokenTable(
+        **{n.removeprefix("token_"): values for n, (_, values) in group.coords.items() if n.startswith("token_")}
+    )
 
 
 def _moved(plan: Plan, first: Plan, samples: list[int]) -> Plan:

@@ -48,7 +48,7 @@ def verify(run: "Run") -> list[str]:
                 number = int(numbers[at])
                 if isinstance(run.path, Path) and path in listed:
                     problems += _files(run.path / path, path, listed[path], number)
-                problems += _values(path, array, int(at), number)
+                problems += _values(path, array, int(at), number, _evaluated(run, int(at)))
     return problems
 
 
@@ -78,7 +78,19 @@ def _files(folder: Path, path: str, metadata: dict[str, Any], number: int) -> li
     return [f"sample {number}: {path} lacks {holes} of its chunks"] if holes else []
 
 
-def _values(path: str, array: xr.DataArray, at: int, number: int) -> list[str]:
+def _evaluated(run: "Run", at: int) -> xr.DataArray | None:
+    """Which branches a sample's steps evaluated (step, branch), by the guidance scale that was applied.
+
+    0 is the text removed, 1 the text alone: there the other branch is NaN, and rightly so.
+    """
+    trajectory = run.tree.children.get("trajectory")
+    if trajectory is None or "guidance_scale" not in trajectory.dataset:
+        return None
+    scale = trajectory.dataset["guidance_scale"].isel(sample=at).load()
+    return xr.concat([scale != 0, scale != 1], "branch").assign_coords(branch=["cond", "uncond"])
+
+
+def _values(path: str, array: xr.DataArray, at: int, number: int, evaluated: xr.DataArray | None) -> list[str]:
     try:
         values = array.isel(sample=at).load()
     except (ValueError, OSError, RuntimeError) as error:
@@ -86,15 +98,17 @@ def _values(path: str, array: xr.DataArray, at: int, number: int) -> list[str]:
     row = find_variable(path)
     if row is None or values.dtype.kind != "f" or row.nan == "allowed":
         return []
-    wrong = _not_finite(values, row)
+    wrong = _not_finite(values, row, evaluated)
     return [f"sample {number}: {path} has {wrong} values that are not finite"] if wrong else []
 
 
-def _not_finite(values: xr.DataArray, row: Variable) -> int:
+def _not_finite(values: xr.DataArray, row: Variable, evaluated: xr.DataArray | None) -> int:
     """Count the values that are neither finite nor NaN where NaN means "not there"."""
     bad = ~np.isfinite(values)
     if row.nan == "unused token" and "token_role" in values.coords:
         bad = bad & (values["token_role"] != "")
+        if evaluated is not None:
+            bad = bad & evaluated.sel(step=values["step"], branch=values["branch"])
     if row.nan == "other branch":
         absent = values.isnull().all([d for d in values.dims if d not in ("step", "branch")])
         bad = bad & ~(absent & ~absent.all("branch"))

@@ -53,7 +53,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "run.zarr"
     done = interp(
         *("trace", "scenes", "a red circle", "a blue star", "--out", str(path), "--steps", "3", "--seeds", "0-1"),
-        *("--condition", "baseline:", "--condition", "late: remove_text start=0.5", ),
+        *(
+            "--condition",
+            "baseline:",
+            "--condition",
+            "late: remove_text start=0.5",
+        ),
     )
     assert done.returncode == 0, done.stderr
     assert "8 samples" in done.stdout
@@ -65,7 +70,7 @@ def test_trace_wrote_what_was_asked(run: Path) -> None:
     assert list(tree["condition"].values) == ["baseline"] * 4 + ["late"] * 4
     assert list(tree["seed"].values) == [0, 1] * 4
     assert tree["trajectory/nfe"].sel(branch="cond").values.tolist() == [3] * 4 + [2] * 4
-    #assert list(tree["scores"]["metric"].values) == ["clip:prompt"]
+    # assert list(tree["scores"]["metric"].values) == ["clip:prompt"]
 
 
 def test_trace_again_resumes(run: Path) -> None:
@@ -126,7 +131,7 @@ def test_dry_run_computes_nothing(tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (["trace", "scens", "a", "-o", "x.zarr"], "unknown model 'scens'"),
-        (["trace", "scenes", "a", "-o", "x.zarr", "--capture", "head=all"], "Capture has no field 'head'; did you mean 'heads'?"),
+        (["trace", "scenes", "a", "-o", "x.zarr", "--capture", "head=all"], "no field 'head'; did you mean 'heads'?"),
         (["trace", "scenes", "a", "-o", "x.zarr", "--capture", "attention=*attnX"], "matches no attention site"),
         (["trace", "scenes", "a", "-o", "x.zarr", "--intervene", "remove_txt"], "did you mean 'remove_text'"),
         (["trace", "scenes", "a", "-o", "x.zarr", "--intervene", "remove_text start=70 unit=step"], "outside the run"),
