@@ -136,11 +136,13 @@ def probe(
         if path.suffix == ".png":
             plot(result).savefig(path, dpi=150)
         elif path.suffix == ".csv":
-            result.to_dataframe().to_csv(path)
+            _long_table(result).to_csv(path, index=False)
         else:
             texts = [name for name, v in result.variables.items() if v.dtype.kind == "U"]
             result = result.assign({n: result[n].astype(object) for n in texts if n in result.data_vars}).assign_coords(
-                {n: result[n].astype(object) for n in texts if n in result.coords}  # fixed-width text has no Zarr 3 spec
+                {
+                    n: result[n].astype(object) for n in texts if n in result.coords
+                }  # fixed-width text has no Zarr 3 spec
             )
             result.to_zarr(path, consolidated=False)
         print(f"wrote {path}", file=sys.stderr)
@@ -189,6 +191,18 @@ def verify(run: RunPath) -> None:
         print(problem)
     print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'} found", file=sys.stderr)
     raise typer.Exit(1 if problems else 0)
+
+
+def _long_table(result: Any) -> Any:
+    """One row a number: `variable`, the dims that it has, `value`; pictures are left out."""
+    import pandas as pd
+
+    parts = []
+    for name, array in result.data_vars.items():
+        if array.dtype.kind in "fiub" and array.dtype != "uint8":
+            values = array.drop_vars([c for c in array.coords if c not in array.dims])
+            parts.append(values.to_series().rename("value").reset_index().assign(variable=name))
+    return pd.concat(parts)[lambda t: ["variable", *(c for c in t if c not in ("variable", "value")), "value"]]
 
 
 def _assignments(texts: list[str]) -> dict[str, Any]:

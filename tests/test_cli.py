@@ -101,7 +101,7 @@ def test_probe_writes_table_picture_and_zarr(run: Path, tmp_path: Path) -> None:
     stored = xr.open_zarr(out[2], consolidated=False)
     assert json.loads(stored.attrs["parameters"])["low_fraction"] == 0.3
     table = pd.read_csv(out[1])
-    assert table["x_norm"].to_numpy() == pytest.approx(stored["x_norm"].values.ravel())
+    assert table.query("variable == 'x_norm'")["value"].to_numpy() == pytest.approx(stored["x_norm"].values.ravel())
     assert Path(out[0]).read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,0 +1,32 @@
+"""Every Python block of the pages on tracing and interventions runs, in order, as a reader would type it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+EXPECTED = {"tracing": ["2\n", "8\n", "forward passes"], "interventions": ["[10  6 10 10]", "both decide about"]}
+
+pytestmark = pytest.mark.xdist_group("pages")
+
+
+@pytest.mark.parametrize("page", EXPECTED)
+def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+    printed = capsys.readouterr().out
+    for piece in EXPECTED[page]:
+        assert piece in printed
+
+
+def test_glossary_has_every_dimension_of_the_format() -> None:
+    from interp.stores import TABLE
+
+    words = (DOCS / "glossary.md").read_text(encoding="utf-8")
+    for dim in {d for row in TABLE for d in row.dims} & {"sample", "step", "branch", "layer", "token"}:
+        assert f"| {dim}" in words or f", {dim}" in words
