@@ -47,6 +47,12 @@ def prompt_table(prompts: Any, negative_prompt: str = "") -> PromptTable:
     for name, values in columns.items():
         columns[name] = [_value(name, i, v) for i, v in enumerate(values)]
         if len({isinstance(v, str) for v in columns[name]}) > 1:
+            missing = [i for i, v in enumerate(columns[name]) if v != v]  # NaN
+            if missing:
+                raise InterpError(
+                    f"row {missing[0]} of the prompt table has nothing in {name!r}, a column of texts; fill it, or write "
+                    "an empty text"
+                )
             columns[name] = [str(v) for v in columns[name]]
     for name in ("sample", "seed", "condition", "prompt_id", "batch", "status", "error"):
         if name in columns:
@@ -79,6 +85,8 @@ def _frame(prompts: Any) -> pd.DataFrame:
         return _file(Path(prompts))
     if isinstance(prompts, str):
         prompts = [prompts]
+    if isinstance(prompts, Mapping):
+        raise InterpError("prompts are a list of dicts, one a row, not a dict; for one row write [{…}]")
     rows = list(prompts)
     if all(isinstance(r, str) for r in rows):
         return pd.DataFrame({"prompt": rows})
