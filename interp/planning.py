@@ -1,7 +1,8 @@
 """The plan of a run: everything that is decided before the first denoiser call, and what it will cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -136,12 +137,12 @@ def plan(
     family, capture, table = find_family(pipe), capture or Capture(), prompt_table(prompts, negative_prompt)
     if not isinstance(steps, int) or steps < 1:
         raise InterpError(f"steps={steps!r}: give the number of sampling steps, at least 1")
+    if not isinstance(guidance_scale, Real | None):
+        raise InterpError(f"guidance_scale={guidance_scale!r}: give a number, or None for the model's own")
     guidance = default_guidance(pipe) if guidance_scale is None else float(guidance_scale)
     high, wide = _picture_size(family, height, width)
     named = _conditions(interventions, conditions)
-    seed_list = [seeds] if isinstance(seeds, int) else [int(s) for s in seeds]
-    if not seed_list or len(set(seed_list)) < len(seed_list):
-        raise InterpError(f"seeds={seeds!r}: give one or more different whole numbers")
+    seed_list = _seeds(seeds)
     times = timeline(pipe.scheduler, steps)
     guided = family.guided(guidance)
     for changes in named.values():
@@ -192,6 +193,14 @@ def default_guidance(pipe: Any) -> float:
         return float(DEFAULT_GUIDANCE)
     default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
     return float(default.default) if default is not None else 1.0
+
+
+def _seeds(seeds: Any) -> list[int]:
+    given = list(seeds) if isinstance(seeds, Iterable) else [seeds]
+    whole = all(isinstance(s, Integral) and not isinstance(s, bool) for s in given)
+    if not given or not whole or len(set(given)) < len(given):
+        raise InterpError(f"seeds={seeds!r}: give one or more different whole numbers")
+    return [int(s) for s in given]
 
 
 def _picture_size(family: Family, height: int | None, width: int | None) -> tuple[int, int]:
