@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 from interp.clock import Timeline
@@ -50,12 +51,16 @@ class Intervention:
                 f"{nearest(str(self.unit), ['fraction', 'step', 'sigma', 'timestep'])}"
             )
         bounds = [v for v in (self.start, self.stop) if v is not None]
+        if not all(isinstance(v, Real) for v in bounds):
+            raise InterpError(f"{self!r}: start and stop of a window are numbers")
         if self.unit == "fraction" and not all(0 <= v <= 1 for v in bounds):
             raise InterpError(
                 f"{self!r}: a window in fractions of the run lies within 0 and 1; for step numbers say unit='step'"
             )
         if self.unit in ("fraction", "step") and self.stop is not None and self.stop < self.start:
             raise InterpError(f"{self!r}: the window ends before it starts")
+        if self.unit in ("sigma", "timestep") and self.stop is not None and 0 < self.start < self.stop:
+            raise InterpError(f"{self!r}: {self.unit} falls during sampling, so start must be larger than stop")
 
     def __repr__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
