@@ -54,6 +54,9 @@ def prompt_table(prompts: Any, negative_prompt: str = "") -> PromptTable:
                     "an empty text"
                 )
             columns[name] = [str(v) for v in columns[name]]
+    for name in ("prompt", "negative_prompt"):
+        if not all(isinstance(v, str) for v in columns[name]):
+            raise InterpError(f"the column {name!r} of the prompt table holds numbers; it must hold texts")
     for name in ("sample", "seed", "condition", "prompt_id", "batch", "status", "error"):
         if name in columns:
             raise InterpError(f"the prompt table has a column {name!r}, a name that the run itself uses; rename it")
