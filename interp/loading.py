@@ -48,7 +48,7 @@ def load(
         with _quiet() if name == BUNDLED else nullcontext():
             pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=dtype, revision=revision)
     except Exception as error:  # diffusers and the Hub client raise a dozen types for "not there"
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise InterpError(f"cannot load model {name!r} ({first}); {_known(name)}") from error
     _ORIGIN[pipe] = {"id": name, "revision": revision or ""}
     return pipe.to(device)
