@@ -23,7 +23,7 @@ CHECKS = [(p, make, c.name) for p, make in CASES for c in check_probe(p, make)]
 CALLS = itertools.count()
 
 
-@pytest.mark.parametrize(("which", "make", "name"), CHECKS, ids=lambda v: getattr(v, "name", None) or str(v))
+@pytest.mark.parametrize(("which", "make", "name"), CHECKS, ids=lambda v: getattr(v, "name", getattr(v, "__name__", v)))
 def test_built_in_probes(which, make, name):
     next(c for c in check_probe(which, make) if c.name == name)()
 
