@@ -128,7 +128,7 @@ def dry_run(
             handles.append(module.register_forward_hook(lambda _, args, out, path=path: leave(path, out)))
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(str(denoiser.device)):
             inputs = family.dry_inputs(*size)
-            denoiser.forward(*inputs.args, **inputs.kwargs)
+            leave("", denoiser.forward(*inputs.args, **inputs.kwargs))  # not its __call__, which a registry may hold
     finally:
         for handle in handles:
             handle.remove()
