@@ -73,7 +73,8 @@ def sites(pipe: Any, match: str = "*", height: int | None = None, width: int | N
     rows += [
         Site(f"{name}.{path}:out" if path else f"{name}:out", "module", ())
         for name, (_, encoder) in family.text_encoders.items()
-        for path, _ in encoder.named_modules()
+        for path, module in encoder.named_modules()
+        if not isinstance(module, torch.nn.ModuleList)
     ]
     found = SiteTable(s for s in rows if fnmatchcase(s.name, match) or fnmatchcase(s.name.partition(":")[0], match))
     if not found:
@@ -172,7 +173,12 @@ def match_sites(family: Family, pattern: str) -> list[str]:
 def module_paths(family: Family) -> list[str]:
     """Paths of all modules of the denoiser and the text encoders."""
     roots = {**family.denoisers, **{name: encoder for name, (_, encoder) in family.text_encoders.items()}}
-    return [f"{root}.{path}" if path else root for root, m in roots.items() for path, _ in m.named_modules()]
+    return [
+        f"{root}.{path}" if path else root
+        for root, m in roots.items()
+        for path, module in m.named_modules()
+        if not isinstance(module, torch.nn.ModuleList)  # holds modules, and is never called
+    ]
 
 
 def _no_match(family: Family, pattern: str) -> str:
