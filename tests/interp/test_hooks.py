@@ -327,19 +327,19 @@ def test_guidance_off_has_one_branch():
 
 
 def test_compiled_denoisers_are_not_silently_empty():
-    """Compiled before or after: every step's attention is there, and it is the right one."""
+    """Hooks that are added after compilation are easily ignored: here every layer is there, and it is the right one."""
     pipe = sd1()
-    plain = interp.trace(pipe, A, steps=2, guidance_scale=SCALE, progress=False).attention("8x8").values
-    own = pipe.unet
+    arguments = {"steps": 1, "guidance_scale": 1.0, "progress": False, "capture": interp.Capture(image=False)}
+    plain = interp.trace(pipe, A, **arguments)
     torch._dynamo.reset()
+    pipe.unet.compile(backend="eager")
     try:
-        pipe.unet.compile(backend="eager")
-        pipe(A, num_inference_steps=1, output_type="latent")
-        run = interp.trace(pipe, A, steps=2, guidance_scale=SCALE, progress=False)
-        assert np.allclose(run.attention("8x8").values, plain, atol=1e-2, equal_nan=True)
+        pipe(A, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+        run = interp.trace(pipe, A, **arguments)
     finally:
-        own._compiled_call_impl = None
         torch._dynamo.reset()
+    for grid in plain.grids:
+        assert np.allclose(run.attention(grid).values, plain.attention(grid).values, atol=1e-2, equal_nan=True)
 
 
 def test_a_registry_does_not_keep_tensors():

@@ -133,7 +133,7 @@ def test_head_mean_and_chosen_heads():
         assert np.array_equal(some.attention(grid).values, every.isel(head=[2, 0]).values)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2"])
+@pytest.mark.parametrize("name", ["sd2"])
 def test_prompt_tokens_sum_the_padding(name):
     pipe = tiny(name)
     every = recorded(pipe, full(attention="cross"))[0]
@@ -174,9 +174,9 @@ def test_chosen_token_positions():
 
 def test_chosen_steps_and_dtype():
     pipe = tiny("sd1")
-    every = recorded(pipe, full(attention="cross"), steps=5)[0]
-    for steps, kept in (([4, 1], [1, 4]), (slice(1, None, 2), [1, 3]), (0.4, [0, 4])):
-        some = recorded(pipe, full(attention="cross", steps=steps, dtype="float16"), steps=5)[0]
+    every = recorded(pipe, full(attention="cross"), steps=4)[0]
+    for steps, kept in (([3, 1], [1, 3]), (slice(1, None, 2), [1, 3]), (0.5, [0, 3])):
+        some = recorded(pipe, full(attention="cross", steps=steps, dtype="float16"), steps=4)[0]
         probs = some.attention("8x8")
         assert probs.dtype == np.float16 and list(probs.step.values) == kept
         want = every.attention("8x8").isel(step=kept)
@@ -185,7 +185,7 @@ def test_chosen_steps_and_dtype():
         assert np.array_equal(some.latents.values, every.latents.values)  # latents are kept of every step
 
 
-@pytest.mark.parametrize("slices", [1, "auto", "max"])
+@pytest.mark.parametrize("slices", ["auto", "max"])
 def test_attention_slicing_gives_the_same(slices):
     pipe = tiny("sd1")
     pipe.enable_attention_slicing(slices)

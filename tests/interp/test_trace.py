@@ -127,7 +127,7 @@ def interrupted_after(pipe, steps, error=Interrupted):
     return Failing.from_config(pipe.scheduler.config)
 
 
-@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_resuming_gives_the_same_run(tmp_path, error):
     pipe = tiny("sd1")
     arguments = {
@@ -254,8 +254,8 @@ def test_live_tensors_do_not_grow_with_steps(tmp_path):
         return kwargs
 
     with interp.record(pipe, tmp_path / "run.zarr", capture=capture):
-        pipe(A, num_inference_steps=12, guidance_scale=SCALE, output_type="latent", callback_on_step_end=count)
-    assert len(counts) == 12 and max(counts[2:]) <= counts[2] + 2
+        pipe(A, num_inference_steps=7, guidance_scale=SCALE, output_type="latent", callback_on_step_end=count)
+    assert len(counts) == 7 and max(counts[2:]) <= counts[2] + 2
 
 
 def test_progress_can_be_a_function():

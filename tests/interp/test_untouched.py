@@ -9,10 +9,14 @@ from tests.interp.leftovers import fingerprint, untouched
 from tests.interp.reference import in_dtype, tiny
 
 EVERYTHING = interp.Capture(
-    attention="all", heads="all", tokens="all", branches=("cond", "uncond"), sites=("unet.mid_block:out", "unet.conv_*:out"),
-
-    text=True, dtype="float32",
-)  # fmt: skip
+    attention="all",
+    heads="all",
+    tokens="all",
+    branches=("cond", "uncond"),
+    sites=("unet.mid_block:out", "unet.conv_*:out", "unet.mid_block.att*:out", "unet:out"),
+    text=True,
+    dtype="float32",
+)
 PROMPTS = ["a red circle", "a dog on the blue square background"]
 DTYPES = [torch.float32, torch.bfloat16]
 
