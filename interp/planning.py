@@ -216,6 +216,9 @@ def _conditions(
 ) -> dict[str, list[Intervention]]:
     if conditions is not None and interventions is not None:
         raise InterpError("give either interventions= (one condition) or conditions= (several by name), not both")
+    for given in (interventions, *(conditions or {}).values()):
+        if isinstance(given, Intervention):
+            raise InterpError(f"interventions come in lists, in order of application: write [{given!r}]")
     if conditions is None:
         found = list(interventions or [])
         return {"baseline" if not found else "intervened": found}
