@@ -69,7 +69,12 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
     >>> fill("{target}", {"prompt": "a cat", "target": "a dog"})
     'a dog'
     """
-    names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise InterpError(
+            f"an intervention's text {template!r} has a lone brace; braces name a column of the prompt table"
+        ) from error
     for name in names:
         if name not in row:
             raise InterpError(
