@@ -1,7 +1,7 @@
 """CPU time of traced runs over untraced ones, side by side in one process, interleaved, minimum over repetitions.
 
 python tests/benchmarks/bench_trace.py                 # the bundled model
-python tests/benchmarks/bench_trace.py middle          # a random UNet of Stable Diffusion's topology, 1/2 as wide
+python tests/benchmarks/bench_trace.py middle          # a random UNet of Stable Diffusion's topology, 0.3 as wide
 python tests/benchmarks/bench_trace.py scenes --steps 20 --repeat 5 --batch 1
 """
 
@@ -34,13 +34,13 @@ CAPTURES = {
 
 
 def middle() -> Any:
-    """A random pipeline: SD 1's UNet at half the width and 32×32 latents, tiny encoder and decoder."""
+    """A random pipeline: SD 1's UNet at 0.3 of the width and 32×32 latents, tiny encoder and decoder."""
     from tests.families.pipelines import sd1
 
     pipe = sd1()
     torch.manual_seed(0)
     pipe.unet = UNet2DConditionModel(
-        sample_size=32, cross_attention_dim=32, block_out_channels=(160, 320, 640, 640), attention_head_dim=8
+        sample_size=32, cross_attention_dim=32, block_out_channels=(96, 192, 384, 384), attention_head_dim=8
     )
     return pipe
 
