@@ -1,12 +1,15 @@
 """What a run keeps."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import AttentionSite
+
+Reducer = Callable[..., Any]
+"""(probabilities (sample, head, query, key), at) → tensor (sample, …)."""
 
 Selection = tuple[int, ...] | str
 
@@ -26,6 +29,9 @@ class Capture:
         sites: Globs over module sites, e.g. `("unet.mid_block:out",)`, kept as they are.
         text: Keep the text states that the denoiser received.
         image: Keep the decoded picture.
+        reduce: Your own reductions of attention, done on the device: name → function, or name → (glob over attention
+            sites, function). The function gets probabilities (sample, head, query, key) of one layer and `at`, and
+            returns a tensor (sample, …) of the same shape for all its layers; `sites/<name>` keeps it.
         dtype: `"float16"` or `"float32"` for attention probabilities.
 
     Raises:
@@ -37,7 +43,7 @@ class Capture:
     Traceback (most recent call last):
         ...
     interp.stores.errors.InterpError: Capture has no field 'head'; did you mean 'heads'? It has: attention, heads, \
-tokens, branches, steps, latents, noise_pred, sites, text, image, dtype
+tokens, branches, steps, latents, noise_pred, sites, text, image, reduce, dtype
     """
 
     attention: str | tuple[str, ...] | None = "cross"
@@ -50,6 +56,7 @@ tokens, branches, steps, latents, noise_pred, sites, text, image, dtype
     sites: tuple[str, ...] = ()
     text: bool = False
     image: bool = True
+    reduce: Mapping[str, Reducer | tuple[str, Reducer]] = field(default_factory=dict)
     dtype: Literal["float16", "float32"] = "float16"
 
     def __init__(self, **values: Any) -> None:
@@ -59,8 +66,9 @@ tokens, branches, steps, latents, noise_pred, sites, text, image, dtype
                 raise InterpError(
                     f"Capture has no field {name!r}{nearest(name, names) or ';'} It has: {', '.join(names)}"
                 )
-        for field in fields(type(self)):
-            object.__setattr__(self, field.name, _frozen(values.get(field.name, field.default)))
+        for one in fields(type(self)):
+            default = {} if one.name == "reduce" else one.default
+            object.__setattr__(self, one.name, _frozen(values.get(one.name, default)))
         self._check()
 
     def _check(self) -> None:
@@ -86,12 +94,17 @@ tokens, branches, steps, latents, noise_pred, sites, text, image, dtype
             raise InterpError(f"Capture(steps={self.steps}): a share of the steps lies in (0, 1]")
 
     def __repr__(self) -> str:
-        changed = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        changed = [
+            (f.name, getattr(self, f.name))
+            for f in fields(self)
+            if getattr(self, f.name) != (f.default if f.name != "reduce" else {})
+        ]
         return f"Capture({', '.join(f'{n}={v!r}' for n, v in changed)})"
 
     def spec(self) -> dict[str, Any]:
         """Return all fields as JSON-able values."""
-        values = asdict(self)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["reduce"] = {name: [glob, _qualified(fn)] for name, (glob, fn) in self.reducers.items()}
         if isinstance(self.steps, slice):
             values["steps"] = {"slice": [self.steps.start, self.steps.stop, self.steps.step]}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -100,9 +113,19 @@ tokens, branches, steps, latents, noise_pred, sites, text, image, dtype
     def from_spec(cls, spec: Mapping[str, Any]) -> "Capture":
         """Rebuild what `spec` described; unknown fields raise as in the constructor."""
         values = dict(spec)
+        if values.get("reduce"):
+            raise InterpError(
+                f"the reductions {sentence_list(values['reduce'])} are functions, of which a spec holds the names alone; "
+                "build the Capture in Python"
+            )
         if isinstance(values.get("steps"), Mapping):
             values["steps"] = slice(*values["steps"]["slice"])
         return cls(**values)
+
+    @property
+    def reducers(self) -> dict[str, tuple[str, Reducer]]:
+        """Reductions by name: the glob over attention sites, and the function."""
+        return {name: given if isinstance(given, tuple) else ("*attn2", given) for name, given in self.reduce.items()}
 
     def chosen_steps(self, steps: int) -> list[int]:
         """Return which of `steps` sampling steps attention and sites are kept of."""
@@ -150,6 +173,10 @@ tokens, branches, steps, latents, noise_pred, sites, text, image, dtype
         if wrong:
             raise InterpError(f"Capture(heads={list(self.heads)}): the model has heads 0–{heads - 1}")
         return list(self.heads)
+
+
+def _qualified(fn: Reducer) -> str:
+    return f"{getattr(fn, '__module__', '?')}.{getattr(fn, '__qualname__', type(fn).__name__)}"
 
 
 def _frozen(value: Any) -> Any:

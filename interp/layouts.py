@@ -7,17 +7,29 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 
-from interp.capture import Capture
-from interp.catalog import attention_sites, dry_run, match_sites
+from interp.capture import Capture, Reducer
+from interp.catalog import attention_sites, dry_run, match_sites, text_length
 from interp.clock import Timeline
 from interp.errors import InterpError
 from interp.families import AttentionSite, Family
+from interp.hooks import At
 from interp.interventions import Intervention
 from interp.loading import origin
 from interp.stores import Group, TokenTable
 from interp.stores.schema import attention_group, images_group, site_group, text_group, trajectory_group
+
+
+@dataclass(frozen=True)
+class ReduceCapture:
+    """A reduction of attention to keep: its name, function, layers in order, and the shape of one sample's result."""
+
+    name: str
+    fn: Reducer
+    layers: list[AttentionSite]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,9 +68,52 @@ def captured_sites(
     return attention, sites
 
 
+def captured_reductions(family: Family, capture: Capture, height: int, width: int) -> list[ReduceCapture]:
+    """Return the reductions that a capture names; each is tried on uniform probabilities for its shape.
+
+    Raises:
+        InterpError: a glob matches nothing, the function fails, or its shape differs between layers.
+    """
+    if not capture.reduce:
+        return []
+    _, grids = dry_run(family, height, width)
+    found = []
+    for name, (glob, fn) in capture.reducers.items():
+        layers = [
+            AttentionSite(s.name, s.module, s.kind, s.heads, grids[s.name])
+            for s in Capture(attention=glob).chosen_attention(attention_sites(family))
+        ]
+        shapes = {_reduced_shape(name, fn, site, text_length(family)) for site in layers}
+        if len(shapes) > 1:
+            raise InterpError(
+                f"Capture(reduce={name!r}) gives different shapes for different layers ({sorted(shapes)}); return one "
+                "shape, or name layers of one grid: reduce={name: (glob, function)}"
+            )
+        found.append(ReduceCapture(name, fn, layers, shapes.pop()))
+    return found
+
+
+def _reduced_shape(name: str, fn: Reducer, site: AttentionSite, text: int) -> tuple[int, ...]:
+    queries = site.grid[0] * site.grid[1]
+    keys = queries if site.kind == "self" else text
+    at = At(f"{site.name}:probs", 0, 0.0, 0, "cond", 1)
+    try:
+        result = fn(torch.full((1, site.heads, queries, keys), 1 / keys), at)
+        shape = tuple(result.shape)
+    except Exception as error:
+        raise InterpError(
+            f"Capture(reduce={name!r}) fails on probabilities (sample 1, head {site.heads}, query {queries}, key {keys}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not shape or shape[0] != 1:
+        raise InterpError(f"Capture(reduce={name!r}) must return (sample, …), but gave shape {shape} for one sample")
+    return shape[1:]
+
+
 def run_groups(
     family: Family, capture: Capture, times: Timeline, tokens: TokenTable, every_token: TokenTable,
-    attention: list[AttentionSite], sites: list[SiteCapture], height: int, width: int, n: int,
+    attention: list[AttentionSite], sites: list[SiteCapture], reductions: list[ReduceCapture], height: int, width: int,
+    n: int,
 ) -> dict[str, Group]:  # fmt: skip
     """Return the store's groups, by path, of `n` samples."""
     channel, y, x = family.latent_shape(height, width)
@@ -90,6 +145,14 @@ def run_groups(
             attrs={"site": site.site},
             **timing,
         )
+    for one in reductions:
+        dims = ("layer", *(f"axis_{i}" for i in range(len(one.shape))))
+        group = site_group(
+            n, dims=dims, shape=(len(one.layers), *one.shape), branches=capture.branches,
+            attrs={"reduction": capture.spec()["reduce"][one.name][1]}, **timing,
+        )  # fmt: skip
+        group.coords["layer"] = (("layer",), np.asarray([s.name for s in one.layers], object))
+        groups[site_node(one.name)] = group
     if capture.text:
         width_of = int(family.dry_inputs(height, width).kwargs["encoder_hidden_states"].shape[-1])
         groups["text/" + next(iter(family.text_encoders))] = text_group(

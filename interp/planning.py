@@ -12,7 +12,7 @@ from interp.clock import Timeline, timeline
 from interp.errors import InterpError
 from interp.families import AttentionSite, Family, find_family
 from interp.interventions import Intervention, check_all
-from interp.layouts import SiteCapture, captured_sites, run_attrs, run_groups
+from interp.layouts import ReduceCapture, SiteCapture, captured_reductions, captured_sites, run_attrs, run_groups
 from interp.loading import origin
 from interp.prompts import PromptTable, prompt_table
 from interp.stores import Array, Layout
@@ -41,6 +41,7 @@ class Plan:
     width: int
     attention: list[AttentionSite]
     sites: list[SiteCapture]
+    reductions: list[ReduceCapture]
     tokens: list[Tokens]
     selection: TokenSelection
     forward_passes: int
@@ -170,16 +171,19 @@ def assemble(
     selection = select_tokens(tokens, [known[text] for text in samples["negative_prompt"]], capture.tokens, columns)
     every = select_tokens(tokens, [known[text] for text in samples["negative_prompt"]], "all").table
     attention, sites = captured_sites(family, capture, height, width)
+    reductions = captured_reductions(family, capture, height, width)
     layout = Layout(
         samples=samples,
-        groups=run_groups(family, capture, times, selection.table, every, attention, sites, height, width, n),
+        groups=run_groups(
+            family, capture, times, selection.table, every, attention, sites, reductions, height, width, n
+        ),
         attrs=run_attrs(pipe, family, capture, conditions, steps, guidance, height, width, dict(options or {})),
     )
     guided = family.guided(guidance)
     passes = {name: _passes(changes, times, guided) for name, changes in conditions.items()}
     return Plan(
-        layout, batches, capture, conditions, table, times, steps, guidance, height, width, attention, sites, tokens,
-        selection, sum(passes[name] for name in samples["condition"]), dict(options or {}),
+        layout, batches, capture, conditions, table, times, steps, guidance, height, width, attention, sites, reductions,
+        tokens, selection, sum(passes[name] for name in samples["condition"]), dict(options or {}),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The recorder: what passes by in one batch becomes samples of a run store."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from interp.clock import StepEnd
 from interp.errors import InterpError
 from interp.hooks import At, DenoiserCall, HookRegistry, Prediction
 from interp.kernels import AttentionCall
-from interp.layouts import attention_groups, site_node
+from interp.layouts import ReduceCapture, attention_groups, site_node
 from interp.outbox import Outbox
 from interp.planning import Plan
 from interp.reduction import AttentionReducer
@@ -66,6 +67,9 @@ class Recorder:
     def _attach(self) -> None:
         for site in self.plan.attention:
             self.hooks.on_attention(site, self._on_attention)
+        kept = {s.name for s in self.plan.attention}
+        for site in {s.name: s for one in self.plan.reductions for s in one.layers if s.name not in kept}.values():
+            self.hooks.on_attention(site, self._on_attention)
         for wanted in self.plan.sites:
             self.hooks.read(wanted.site, self._on_site)
         self.hooks.on_prediction(self._on_prediction)
@@ -82,8 +86,7 @@ class Recorder:
 
     def _on_attention(self, kernel: AttentionCall, call: DenoiserCall) -> None:
         if call.step in self._kept and call.evaluation == 0 and kernel.call == 0:
-            kernel.value = None  # not needed, and as large as the key
-            self._calls[kernel.site] = (kernel, call)
+            self._calls[kernel.site] = (replace(kernel, value=None), call)  # values are not needed, and large
 
     def _on_site(self, tensor: torch.Tensor, at: At) -> None:
         if at.step in self._kept and at.evaluation == 0 and at.branch in self.plan.capture.branches:
@@ -155,11 +158,27 @@ class Recorder:
             shape = self.plan.layout.arrays[f"{name}/probs"].shape[3:]
             like = torch.empty((len(self.samples), *shape), dtype=getattr(torch, self.plan.capture.dtype))
             parcel[f"{name}/probs"] = _branches(parts, wanted, like)
+        for one in self.plan.reductions:
+            layers = [self._reduce_layer(one, site.name) for site in one.layers]
+            parcel[f"{site_node(one.name)}/value"] = torch.stack(layers, dim=2)
         for site in self.plan.sites:
             parts = {b: t.float() for (name, b), t in self._values.items() if name == site.site}
             like = torch.empty((len(self.samples), *site.shape))
             parcel[f"{site_node(site.site)}/value"] = _branches(parts, wanted, like)
         return parcel
+
+    def _reduce_layer(self, one: ReduceCapture, site: str) -> torch.Tensor:
+        """Apply a user's reduction to one layer: (sample, branch, …)."""
+        if site not in self._calls:
+            raise InterpError(f"{site!r} did not run in this step, so {one.name!r} cannot be reduced from it")
+        kernel, call = self._calls[site]
+        rows = {b: slice(i * call.samples, (i + 1) * call.samples) for i, b in enumerate(call.branches)}
+        parts = {
+            b: one.fn(kernel.probabilities(rows[b]), call.at(f"{site}:probs", b)).detach().float()
+            for b in self.plan.capture.branches
+            if b in rows
+        }
+        return _branches(parts, self.plan.capture.branches, torch.empty((len(self.samples), *one.shape)))
 
     def _append(self, arrays: dict[str, np.ndarray]) -> None:
         for name, values in arrays.items():
