@@ -28,7 +28,7 @@ CAPTURES = {
     "default capture": interp.Capture(),
     "all tokens": interp.Capture(tokens="all"),
     "all heads": interp.Capture(heads="all"),
-    "attention alone": interp.Capture(latents=False, noise_pred=False, image=False),
+    "attention alone": interp.Capture(latents=False, noise_pred=False),
     "latents alone": interp.Capture(attention=None),
 }
 
