@@ -4,6 +4,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,6 +14,7 @@ from interp.families import AttentionSite, Family, find_family
 
 ALIASES = {"pattern": "probs", "attn": "probs", "output": "out", "input": "in"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_DRY_RUNS: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 QUANTITIES = ("in", "out", "q", "k", "v", "probs")
 
 
@@ -99,13 +101,28 @@ def dry_run(
 
     Shapes are those of one sample, without the row dimension; grids are (height, width).
     """
+    denoiser = family.denoiser
+    default = family.default_size()
+    size = (height or default[0], width or default[1])
+    known = _DRY_RUNS.setdefault(denoiser, {})
+    key = (*size, *(id(m) for m in denoiser.modules()))  # LoRA and the like exchange modules
+    if key not in known:
+        if len(known) > 8:
+            known.clear()
+        known[key] = _dry_run(family, size)
+    shapes, grids = known[key]
+    missing = [s.name for s in attention_sites(family) if s.name not in grids]
+    if missing:
+        raise InterpError(f"{missing[0]!r} does not run in a plain forward pass, so its grid is unknown; leave it out")
+    return dict(shapes), dict(grids)
+
+
+def _dry_run(family: Family, size: tuple[int, int]) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
     shapes: dict[str, tuple[int, ...]] = {}
     grids: dict[str, tuple[int, int]] = {}
     spatial: list[tuple[int, int]] = []
     own = {id(s.module): s.name for s in attention_sites(family)}
     (root, denoiser), *_ = family.denoisers.items()
-    default = family.default_size()
-    size = (height or default[0], width or default[1])
 
     def enter(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         first = args[0] if args else kwargs.get("hidden_states")

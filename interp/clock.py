@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from interp.errors import InterpError
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -48,9 +50,24 @@ def is_first_evaluation(scheduler: Any) -> bool:
 
 
 def timeline(scheduler: Any, steps: int, device: Any = "cpu") -> Timeline:
-    """Return the noise levels that `steps` sampling steps would visit; the scheduler itself is not touched."""
+    """Return the noise levels that `steps` sampling steps would visit; the scheduler itself is not touched.
+
+    A step is what the scheduler counts as one: PNDM, which calls the model more often than asked, has that many.
+
+    Raises:
+        InterpError: the scheduler cannot make so many steps, or its noise levels are unknown.
+    """
     copy = deepcopy(scheduler)
-    copy.set_timesteps(steps, device=device)
+    try:
+        copy.set_timesteps(steps, device=device)
+    except ValueError as error:
+        raise InterpError(
+            f"{type(scheduler).__name__} cannot make {steps} steps: {' '.join(str(error).split())}"
+        ) from error
+    if getattr(copy, "alphas_cumprod", None) is None and "FlowMatch" not in type(copy).__name__:
+        raise InterpError(
+            f"the noise levels of {type(copy).__name__} are unknown here; use DDIM, Euler, DPM-Solver++ or Heun"
+        )
     times = copy.timesteps.detach().cpu().double().numpy()
     order = getattr(copy, "order", 1)
     if order > 1:  # t0 t1 t1 t2 t2 …: the first evaluations are at 0, 2, 4 …

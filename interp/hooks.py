@@ -30,7 +30,8 @@ class At:
     """Where a tensor was met.
 
     site; step (0 = first, noisiest) and its scheduler timestep; evaluation (0 = the step's first); branch (`cond` or
-    `uncond`); samples: how many samples the call holds, the tensor's first dimension; call: kernel calls within one
+    `uncond`; "" in a text encoder, which runs before the first step, at step −1, for either); samples: how many samples
+    the call holds, the tensor's first dimension; call: kernel calls within one
     run of an attention module are counted from 0.
     """
 
@@ -264,7 +265,7 @@ class HookRegistry:
         """Let writers change and readers see the rows of each branch; None if nothing was changed."""
         call = self._call
         if call is None:  # outside the denoiser: the text encoder, which runs once per branch before the first step
-            call = DenoiserCall((), {}, ("cond",), -1, float("nan"), 0, tensor.shape[0])
+            call = DenoiserCall((), {}, ("",), -1, float("nan"), 0, tensor.shape[0])
         parts, changed = split_rows(tensor, call.branches), False
         for fn in self._writers.get(site, ()):
             for branch, part in parts.items():

@@ -1,5 +1,8 @@
 """The plan of a run: everything that is decided before the first denoiser call, and what it will cost."""
 
+import inspect
+import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -9,7 +12,7 @@ import numpy as np
 
 from interp.capture import Capture
 from interp.clock import Timeline, timeline
-from interp.errors import InterpError
+from interp.errors import InterpError, nearest
 from interp.families import AttentionSite, Family, find_family
 from interp.interventions import Intervention, check_all
 from interp.layouts import ReduceCapture, SiteCapture, captured_reductions, captured_sites, run_attrs, run_groups
@@ -138,12 +141,15 @@ def plan(
     family, capture, table = find_family(pipe), capture or Capture(), prompt_table(prompts, negative_prompt)
     if not isinstance(steps, int) or steps < 1:
         raise InterpError(f"steps={steps!r}: give the number of sampling steps, at least 1")
-    if not isinstance(guidance_scale, Real | None):
+    if not isinstance(guidance_scale, Real | None) or (
+        guidance_scale is not None and not math.isfinite(guidance_scale)
+    ):
         raise InterpError(f"guidance_scale={guidance_scale!r}: give a number, or None for the model's own")
     guidance = default_guidance(pipe) if guidance_scale is None else float(guidance_scale)
     high, wide = _picture_size(family, height, width)
     named = _conditions(interventions, conditions)
     seed_list = _seeds(seeds)
+    _check_options(pipe, options or {})
     times = timeline(pipe.scheduler, steps)
     guided = family.guided(guidance)
     for changes in named.values():
@@ -189,14 +195,32 @@ def assemble(
 
 def default_guidance(pipe: Any) -> float:
     """Return the guidance scale that the model recommends, or that its pipeline class uses."""
-    import inspect
-
     if origin(pipe)["id"] == "scenes":
         from interp.scenes import DEFAULT_GUIDANCE
 
         return float(DEFAULT_GUIDANCE)
     default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
     return float(default.default) if default is not None else 1.0
+
+
+def _check_options(pipe: Any, options: Mapping[str, Any]) -> None:
+    """Pipelines swallow unknown arguments in **kwargs: a typo there would be silent."""
+    own = {"prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "generator"}
+    known = [n for n in inspect.signature(type(pipe).__call__).parameters if n not in own | {"self", "kwargs", "args"}]
+    for name, value in options.items():
+        if name in own:
+            raise InterpError(
+                f"options={{{name!r}: …}}: the run decides this itself; use the argument of the same meaning"
+            )
+        if name not in known:
+            raise InterpError(f"{type(pipe).__name__} has no call argument {name!r}{nearest(name, known)} (options=…)")
+        try:
+            json.dumps(value)
+        except TypeError:
+            kind = type(value).__name__
+            raise InterpError(
+                f"options={{{name!r}: …}} is a {kind}; options are written into the run as JSON"
+            ) from None
 
 
 def _seeds(seeds: Any) -> list[int]:

@@ -95,7 +95,8 @@ class Recorder:
     def _on_call(self, call: DenoiserCall) -> None:
         if call.step == 0 and call.evaluation == 0:
             states = self.hooks.family.text_inputs(call.kwargs).embeddings
-            self._text = {b: t.detach().clone() for b, t in split_rows(states, call.branches).items()}
+            parts = split_rows(states, call.branches)
+            self._text = {b: t.detach().clone() for b, t in parts.items() if b in call.keep}
 
     def _on_prediction(self, prediction: Prediction) -> None:
         for branch in prediction.outputs:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from interp.capture import Capture
 from interp.catalog import text_length
@@ -151,6 +152,15 @@ def _moved(plan: Plan, first: Plan, samples: list[int]) -> Plan:
     return replace(plan, selection=TokenSelection(positions, pads, old.table), layout=first.layout)
 
 
+def _fresh_seed(generator: torch.Generator | None) -> int:
+    """The seed whose noise the sample gets; -1 if unknown: no generator, or one that was used before."""
+    if generator is None:
+        return -1
+    seed = int(generator.initial_seed())
+    fresh = torch.Generator(generator.device).manual_seed(seed).get_state()
+    return seed if torch.equal(fresh, generator.get_state()) else -1
+
+
 def _call_plan(pipe: Any, capture: Capture, arguments: dict[str, Any], condition: str) -> Plan:
     """Read a pipeline call's own arguments."""
     prompt = arguments.get("prompt")
@@ -178,7 +188,7 @@ def _call_plan(pipe: Any, capture: Capture, arguments: dict[str, Any], condition
         samples={
             "prompt": [prompts[p] for p in order],
             "negative_prompt": [negatives[p] for p in order],
-            "seed": [-1 if g is None else int(g.initial_seed()) for g in generators],
+            "seed": [_fresh_seed(g) if isinstance(generator, list) or len(order) == 1 else -1 for g in generators],
             "condition": [condition] * len(order),
             "prompt_id": order,
             "batch": [0] * len(order),

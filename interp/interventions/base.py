@@ -33,12 +33,12 @@ class Intervention:
     """A change of a sampling run within a window of steps.
 
     Args:
-        start, stop: The window, half-open [start, stop). For `sigma` and `timestep`, which fall during sampling,
+        start, stop: The window, half-open [start, stop); None reaches to the run's beginning or end. For `sigma` and `timestep`, which fall during sampling,
             start is the larger one.
         unit: `fraction` of the steps (default), `step`, `sigma` or `timestep`; it never depends on int or float.
     """
 
-    start: float = 0.0
+    start: float | None = None
     stop: float | None = None
     unit: Unit = "fraction"
 
@@ -57,9 +57,10 @@ class Intervention:
             raise InterpError(
                 f"{self!r}: a window in fractions of the run lies within 0 and 1; for step numbers say unit='step'"
             )
-        if self.unit in ("fraction", "step") and self.stop is not None and self.stop < self.start:
+        falls = self.unit in ("sigma", "timestep")
+        if len(bounds) == 2 and not falls and bounds[1] < bounds[0]:
             raise InterpError(f"{self!r}: the window ends before it starts")
-        if self.unit in ("sigma", "timestep") and self.stop is not None and 0 < self.start < self.stop:
+        if len(bounds) == 2 and falls and bounds[0] < bounds[1]:
             raise InterpError(f"{self!r}: {self.unit} falls during sampling, so start must be larger than stop")
 
     def __repr__(self) -> str:
@@ -75,13 +76,13 @@ class Intervention:
         count = len(timeline)
         if self.unit in ("fraction", "step"):
             scale = count if self.unit == "fraction" else 1
-            first = math.ceil(self.start * scale - 1e-9)
+            first = math.ceil((self.start or 0) * scale - 1e-9)
             last = count if self.stop is None else math.ceil(self.stop * scale - 1e-9)
             if first < 0 or first > count or last > count:
                 raise InterpError(f"{self!r}: the window is outside the run, which has the steps 0–{count - 1}")
             return frozenset(range(first, last))
         levels = timeline.sigma if self.unit == "sigma" else timeline.timestep
-        first_level = self.start or math.inf
+        first_level = math.inf if self.start is None else self.start
         last_level = -math.inf if self.stop is None else self.stop
         if first_level < levels[-1] or last_level > levels[0]:
             raise InterpError(

@@ -13,7 +13,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-WORDS = "a the on of and red blue green circle square background cat dog photo".split()
+WORDS = ["a", "the", "on", "of", "and", "red", "blue", "green", "circle", "square", "background", "cat", "dog", "photo"]
 
 
 def _bytes_to_unicode() -> list[str]:
@@ -80,16 +80,16 @@ def _vae() -> AutoencoderKL:
 
 
 def _unet(**changes: object) -> UNet2DConditionModel:
-    config: dict = dict(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-    )
+    config: dict = {
+        "sample_size": 16,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+    }
     unet = UNet2DConditionModel(**{**config, **changes})
     with torch.no_grad():  # peaky attention: random weights give nearly uniform maps, on which nothing can fail
         for name, p in unet.named_parameters():
@@ -98,7 +98,7 @@ def _unet(**changes: object) -> UNet2DConditionModel:
     return unet
 
 
-_SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
 def sd1() -> StableDiffusionPipeline:
