@@ -1,0 +1,51 @@
+"""The training program: every phase at its smallest, resumed, packed, and loaded as a pipeline."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from interp.scenes import train
+from interp.scenes.train_loop import Plan, rate
+
+
+def _steps(folder, phase):
+    with safe_open(folder / f"{phase}.checkpoint.safetensors", "pt") as file:
+        return int(file.metadata()["step"]), file.get_tensor(next(k for k in sorted(file.keys()) if k[:6] == "weight"))
+
+
+def test_smoke_resumes(tmp_path):
+    base = ["--smoke", "--out", str(tmp_path), "--device", "cpu"]
+    train.main([*base, "--steps", "2"])
+    first = {phase: _steps(tmp_path, phase) for phase in train.PHASES}
+    assert all(step == 2 for step, _ in first.values())
+    train.main([*base, "--steps", "3"])
+    for phase, (_, before) in first.items():
+        step, after = _steps(tmp_path, phase)
+        assert step == 3 and not torch.equal(before, after), phase
+    index = json.loads((tmp_path / "weights" / "model_index.json").read_text())
+    assert index["requires_safety_checker"] is False
+
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPModel
+
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "weights")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle", num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+    clip = CLIPModel.from_pretrained(tmp_path / "weights" / "clip")
+    shared = pipe.text_encoder.state_dict()
+    for name, value in clip.text_model.state_dict().items():
+        assert torch.equal(value, shared[name if name in shared else f"text_model.{name}"])
+
+
+def test_an_unknown_phase_is_refused():
+    with pytest.raises(SystemExit, match="no phase vea"):
+        train.main(["vea", "--device", "cpu"])
+
+
+def test_schedule_ends_by_seconds_or_steps(tmp_path):
+    plan = Plan("x", tmp_path, steps=1000, batch=1, rate=1.0, cooldown=0.5, budget=100)
+    assert rate(400, 10, plan) == 1.0
+    assert rate(400, 75, plan) == pytest.approx(0.5)
+    assert rate(1000, 0, plan) == 0.0
