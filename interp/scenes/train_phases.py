@@ -1,6 +1,7 @@
 """The four phases of training: autoencoder, CLIP, judge, UNet."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def train_vae(plan: Plan, sizes: Sizes) -> None:
         spread = torch.cat([model.encode(artist(next(batches))).latent_dist.mean for _ in range(4)]).std()
     model.register_to_config(scaling_factor=1 / spread.item())
     model.save_pretrained(plan.out / "vae.new")
+    shutil.rmtree(plan.out / "vae", ignore_errors=True)
     (plan.out / "vae.new").rename(plan.out / "vae")  # at once: other phases watch for it
 
 

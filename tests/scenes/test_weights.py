@@ -84,3 +84,15 @@ def test_errors_say_what_to_do():
         judge(images.astype(np.float32))
     with pytest.raises(InterpError, match="names nothing"):
         agreement(images[:1], ["nothing at all"])
+
+
+def test_card_is_of_these_weights():
+    from pathlib import Path
+
+    from interp.scenes.pack import hashes
+
+    card = (folder() / "README.md").read_text()
+    for size, digest in hashes(folder()).values():
+        assert digest in card and f"{size:,}" in card
+    page = Path(__file__).parents[2] / "docs" / "scenes.md"
+    assert not page.exists() or page.read_text() == card
