@@ -33,8 +33,8 @@ class Intervention:
     """A change of a sampling run within a window of steps.
 
     Args:
-        start, stop: The window, half-open [start, stop); None reaches to the run's beginning or end. For `sigma` and `timestep`, which fall during sampling,
-            start is the larger one.
+        start, stop: The window, half-open [start, stop); None reaches to the run's beginning or end. For `sigma` and
+            `timestep`, which fall during sampling, start is the larger one.
         unit: `fraction` of the steps (default), `step`, `sigma` or `timestep`; it never depends on int or float.
     """
 

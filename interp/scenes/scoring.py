@@ -108,7 +108,7 @@ class Scorer:
         from transformers import CLIPModel, CLIPTokenizer
 
         self.device = device
-        self.clip = CLIPModel.from_pretrained(folder / "clip", torch_dtype=torch.float32).to(device).eval()
+        self.clip = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32).to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.network = Judge()
         weights = load_file(folder / "judge" / "model.safetensors")
