@@ -45,7 +45,7 @@ def load(
     source = _locate(name)
     dtype = dtype or (torch.float16 if device.startswith("cuda") and name != BUNDLED else torch.float32)
     try:
-        with _quiet() if name == BUNDLED else nullcontext():
+        with quiet() if name == BUNDLED else nullcontext():
             pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=dtype, revision=revision)
     except Exception as error:  # diffusers and the Hub client raise a dozen types for "not there"
         first = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
@@ -55,7 +55,7 @@ def load(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Load without progress bars: the bundled model is there in a second."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from interp.errors import InterpError
+from interp.loading import quiet
 from interp.scenes import folder as bundled
 from interp.scenes.grammar import (
     BACKGROUNDS,
@@ -108,7 +109,8 @@ class Scorer:
         from transformers import CLIPModel, CLIPTokenizer
 
         self.device = device
-        self.clip = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32).to(device).eval()
+        with quiet():
+            self.clip = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32).to(device).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         self.network = Judge()
         weights = load_file(folder / "judge" / "model.safetensors")
