@@ -18,6 +18,7 @@ from interp.clock import Clock, StepEnd
 from interp.errors import InterpError
 from interp.families import AttentionSite, Family, find_family
 from interp.kernels import AttentionCall, KernelObserver
+from interp.overriding import override_call
 
 QUANTITIES = ("in", "out", "q", "k", "v", "probs")
 
@@ -156,7 +157,7 @@ class HookRegistry:
         self._undo.append(self._clock.close)
         self._undo.append(self._observer.close)
         for module in self.family.denoisers.values():
-            self._undo.append(_override_call(module, self._denoise))
+            self._undo.append(override_call(module, self._denoise))
         for site in {**self._readers, **self._writers}:
             self._hook_site(site)
         for site in self._attention:
@@ -305,21 +306,3 @@ class HookRegistry:
         if site in self._readers or site in self._writers:
             return self._apply(site, kernel.probabilities(), kernel.call)
         return None
-
-
-def _override_call(module: torch.nn.Module, around: Callable[..., Any]) -> Callable[[], None]:
-    """Route `module(...)` through `around(module, run, args, kwargs)`; return the undo.
-
-    A temporary subclass survives CPU offload, nnsight, diffusers' own hooks and compile; replacing `forward` does not.
-    """
-    original = module.__class__
-
-    def __call__(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return around(self, lambda *a, **k: original.__call__(self, *a, **k), args, kwargs)
-
-    module.__class__ = type(original.__name__, (original,), {"__call__": __call__, "__module__": original.__module__})
-
-    def undo() -> None:
-        module.__class__ = original
-
-    return undo

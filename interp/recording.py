@@ -1,10 +1,9 @@
 """`interp.record`: record whatever a pipeline does inside a context."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from interp.catalog import text_length
 from interp.errors import InterpError
 from interp.families import find_family
 from interp.hooks import HookRegistry
+from interp.overriding import override_call
 from interp.planning import Plan, assemble
 from interp.prompts import PromptTable
 from interp.recorder import Recorder, pictures
@@ -59,26 +59,20 @@ def record(
             f"{str(store)!r} exists already, and interp.record starts a new run; choose another path, or use "
             "interp.trace, which resumes"
         )
-    recording = Recording(pipe, store, capture or Capture(), condition)
-    original = type(pipe)
-
-    @wraps(original.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return recording.call(original, args, kwargs)
-
-    pipe.__class__ = type(original.__name__, (original,), {"__call__": __call__, "__module__": original.__module__})
+    recording = Recording(store, capture or Capture(), condition)
+    undo = override_call(pipe, recording.call)
     try:
         yield recording
     finally:
-        pipe.__class__ = original
+        undo()
         recording.close()
 
 
 class Recording:
     """The run that `interp.record` is writing."""
 
-    def __init__(self, pipe: Any, store: str | PathLike[str] | None, capture: Capture, condition: str) -> None:
-        self._pipe, self._store, self._capture, self._condition = pipe, store, capture, condition
+    def __init__(self, store: str | PathLike[str] | None, capture: Capture, condition: str) -> None:
+        self._store, self._capture, self._condition = store, capture, condition
         self._writer: RunWriter | None = None
         self._plan: Plan | None = None
 
@@ -90,20 +84,19 @@ class Recording:
         self._writer.drain()
         return self._writer.run
 
-    def call(self, original: type, args: tuple, kwargs: dict) -> Any:
-        """Run the pipeline's own `__call__` and record it."""
-        call = original.__call__
-        bound = inspect.signature(call).bind(self._pipe, *args, **kwargs)
+    def call(self, pipe: Any, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Run the pipeline's own call and record it."""
+        bound = inspect.signature(run).bind(*args, **kwargs)
         bound.apply_defaults()
         capture = self._capture
         if bound.arguments.get("output_type") == "latent":
             capture = Capture(**{**{f: getattr(capture, f) for f in capture.__dataclass_fields__}, "image": False})
-        plan, samples = self._next(_call_plan(self._pipe, capture, bound.arguments, self._condition))
+        plan, samples = self._next(_call_plan(pipe, capture, bound.arguments, self._condition))
         assert self._writer is not None
-        with HookRegistry(self._pipe) as hooks:
+        with HookRegistry(pipe) as hooks:
             recorder = Recorder(hooks, self._writer, plan, samples)
             recorder.begin()
-            output = call(self._pipe, *args, **kwargs)
+            output = run(*args, **kwargs)
             recorder.finish(pictures(output) if plan.capture.image else None)
         return output
 
