@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-EXPECTED = {"tracing": ["2\n", "8\n", "forward passes", "'axis_0'"], "interventions": ["[10  6 10 10]", "both decide about"]}
+EXPECTED = {
+    "tracing": ["2\n", "8\n", "forward passes", "'axis_0'"],
+    "interventions": ["[10  6 10 10]", "both decide about"],
+}
 
 pytestmark = pytest.mark.xdist_group("pages")
 
