@@ -188,13 +188,13 @@ def draw_sections(pipe: Any, run: Run, table: pd.DataFrame, out: Path) -> list[S
         ),
         Section(
             "Who gets the attention",
-            "Attention mass per token role: the begin-of-text token is a sink; what is left goes to words and to end-of-text "
-            "with its padding.",
+            "Attention per token of each role, over steps and layers (numbered from the finest grid): the begin-of-text token "
+            "takes by far the most, end-of-text counts early.",
             ["mass.png"],
         ),
         Section(
             "The words of one prompt, the [EOS] of another",
-            "Each row: the picture of prompt A, of prompt B, and of A's words followed by B's end-of-text states. "
+            "In threes: the picture of prompt A, of prompt B, and of A's words followed by B's end-of-text states. "
             + figures.swap_sentence(swap),
             ["swap_pictures.png", "swap.png"],
         ),
@@ -212,5 +212,5 @@ def _facts(pipe: Any, run: Run, steps: int) -> str:
     return (
         f"Model: scenes, a Stable Diffusion of {size:.0f} million UNet parameters, trained on drawn scenes and bundled with "
         f"interp. {len(run)} pictures, {steps} DDIM steps, guidance {default_guidance(pipe):g}. Eight prompts are an "
-        "illustration, not a measurement: the model card reports these effects with n = 256."
+        "illustration, not a measurement: the model card (docs/scenes.md) has figures with their n."
     )
