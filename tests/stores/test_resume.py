@@ -224,7 +224,7 @@ def start(path):
     return worker
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX only: Windows cannot kill a process by signal")
 def test_killed_at_any_moment_and_resumed_it_equals_an_undisturbed_run(tmp_path):
     path, calm = tmp_path / "r.zarr", tmp_path / "calm.zarr"
     layout = small_layout(n=40)
