@@ -1,17 +1,26 @@
 """What a run keeps."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any, Literal
 
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import AttentionSite
+from interp.patterns import matching
 
 Reducer = Callable[..., Any]
 """(probabilities (sample, head, query, key), at) → tensor (sample, …)."""
 
 Selection = tuple[int, ...] | str
+Region = tuple[float, float, float, float]
+
+_ALWAYS_IN_SPEC = (
+    "attention", "heads", "tokens", "branches", "steps", "latents", "noise_pred", "sites", "text", "image", "reduce",
+    "dtype",
+)  # fmt: skip
+"""Fields of the first version: later ones are written only where they are used, so that old runs can be resumed."""
 
 
 @dataclass(frozen=True, init=False)
@@ -19,20 +28,25 @@ class Capture:
     """What a run keeps; frozen, serialisable, stored with the run.
 
     Args:
-        attention: `"cross"`, `"self"`, `"all"`, a glob or several over attention sites, or None.
+        attention: `"cross"`, `"self"`, `"all"`, or which attention sites: a glob or several, or `"re:"` and a regular
+            expression; None keeps none.
         heads: `"mean"`, `"all"`, or head indices.
-        tokens: `"prompt"` keeps bos, words and the first eos and sums the padding into one last column; `"all"`;
-            or token positions.
+        tokens: `"prompt"` keeps bos, words and the first eos and sums the padding into one last column; `"all"`; or a
+            list of positions, words (`"red"`, `"navy background"`, `"{target}"` for the text in a column of the prompt
+            table) and roles (`"bos"`, `"word"`, `"eos"`, `"pad"`).
         branches: `("cond",)`, `("uncond",)` or both: the branches whose attention and sites are kept.
         steps: `slice`, list of steps, or None for all; a float in (0, 1) keeps that share, evenly spread.
         latents, noise_pred: keep x_t entering each step; keep the raw model output of both branches.
-        sites: Globs over module sites, e.g. `("unet.mid_block:out",)`, kept as they are.
+        sites: Globs (or `"re:…"`) over sites `path:quantity`, kept as they are. Every module has `in`, `out` and
+            `update` (out − in: what a block adds to the residual stream); attention has `q`, `k` and `v` too.
         text: Keep the text states that the denoiser received.
         image: Keep the decoded picture.
         reduce: Your own reductions of attention, done on the device: name → function, or name → (glob over attention
             sites, function). The function gets probabilities (sample, head, query, key) of one layer and `at`, and
             returns a tensor (sample, …) of the same shape for all its layers; `sites/<name>` keeps it.
         dtype: `"float16"` or `"float32"` for attention probabilities.
+        region: (top, left, bottom, right) in fractions of the picture: only image positions inside are kept, of
+            attention the queries, of sites the positions.
 
     Raises:
         InterpError: a field does not exist (the nearest is named), or a value is of the wrong kind.
@@ -43,12 +57,12 @@ class Capture:
     Traceback (most recent call last):
         ...
     interp.stores.errors.InterpError: Capture has no field 'head'; did you mean 'heads'? It has: attention, heads, \
-tokens, branches, steps, latents, noise_pred, sites, text, image, reduce, dtype
+tokens, branches, steps, latents, noise_pred, sites, text, image, reduce, dtype, region
     """
 
     attention: str | tuple[str, ...] | None = "cross"
     heads: Selection = "mean"
-    tokens: Selection = "prompt"
+    tokens: str | tuple[int | str, ...] = "prompt"
     branches: tuple[str, ...] = ("cond",)
     steps: slice | tuple[int, ...] | float | None = None
     latents: bool = True
@@ -58,6 +72,7 @@ tokens, branches, steps, latents, noise_pred, sites, text, image, reduce, dtype
     image: bool = True
     reduce: Mapping[str, Reducer | tuple[str, Reducer]] = field(default_factory=dict)
     dtype: Literal["float16", "float32"] = "float16"
+    region: Region | None = None
 
     def __init__(self, **values: Any) -> None:
         names = [f.name for f in fields(type(self))]
@@ -72,38 +87,38 @@ tokens, branches, steps, latents, noise_pred, sites, text, image, reduce, dtype
         self._check()
 
     def _check(self) -> None:
-        if isinstance(self.branches, str):
-            object.__setattr__(self, "branches", (self.branches,))
-        if isinstance(self.sites, str):
-            object.__setattr__(self, "sites", (self.sites,))
+        for name in ("branches", "sites"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
         wrong = [b for b in self.branches if b not in ("cond", "uncond")]
         if wrong or not self.branches:
             raise InterpError(f"Capture(branches={list(self.branches)}): a branch is 'cond' or 'uncond'")
-        for name, words in (
-            ("heads", ("mean", "all")),
-            ("tokens", ("prompt", "all")),
-            ("dtype", ("float16", "float32")),
+        for name, words, more in (
+            ("heads", ("mean", "all"), ", or a list of indices"),
+            ("tokens", ("prompt", "all"), ", or a list of positions, words and roles"),
+            ("dtype", ("float16", "float32"), ""),
         ):
             value = getattr(self, name)
             if isinstance(value, str) and value not in words:
-                raise InterpError(
-                    f"Capture({name}={value!r}): choose {' or '.join(map(repr, words))}"
-                    f"{'' if name == 'dtype' else ', or a list of indices'}{nearest(value, words)}"
-                )
+                choices = " or ".join(map(repr, words))
+                raise InterpError(f"Capture({name}={value!r}): choose {choices}{more}{nearest(value, words)}")
         if isinstance(self.steps, float) and not 0 < self.steps <= 1:
             raise InterpError(f"Capture(steps={self.steps}): a share of the steps lies in (0, 1]")
+        if self.region is not None:
+            _check_region(self.region)
 
     def __repr__(self) -> str:
-        changed = [
-            (f.name, getattr(self, f.name))
-            for f in fields(self)
-            if getattr(self, f.name) != (f.default if f.name != "reduce" else {})
-        ]
+        changed = [(f.name, getattr(self, f.name)) for f in fields(self) if not self._is_default(f.name)]
         return f"Capture({', '.join(f'{n}={v!r}' for n, v in changed)})"
 
+    def _is_default(self, name: str) -> bool:
+        default = {} if name == "reduce" else type(self).__dataclass_fields__[name].default
+        return bool(getattr(self, name) == default)
+
     def spec(self) -> dict[str, Any]:
-        """Return all fields as JSON-able values."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        """Return the fields as JSON-able values."""
+        names = [f.name for f in fields(self) if f.name in _ALWAYS_IN_SPEC or not self._is_default(f.name)]
+        values = {name: getattr(self, name) for name in names}
         values["reduce"] = {name: [glob, _qualified(fn)] for name, (glob, fn) in self.reducers.items()}
         if isinstance(self.steps, slice):
             values["steps"] = {"slice": [self.steps.start, self.steps.stop, self.steps.step]}
@@ -154,15 +169,14 @@ tokens, branches, steps, latents, noise_pred, sites, text, image, reduce, dtype
         globs = (self.attention,) if isinstance(self.attention, str) else self.attention
         chosen: set[str] = set()
         for pattern in globs:
-            path = pattern.removesuffix(":probs")
-            found = {s.name for s in sites if fnmatchcase(s.name, path)}
+            path, names = pattern.removesuffix(":probs"), [s.name for s in sites]
+            found = matching(path, names)
             if not found:
-                names = [s.name for s in sites]
                 raise InterpError(
                     f"Capture(attention={pattern!r}) matches no attention site{nearest(path, [*names, 'cross', 'self', 'all'])}"
                     f"{'' if nearest(path, names) else ';'} this model has {len(names)}, e.g. {sentence_list(names, 2)}"
                 )
-            chosen |= found
+            chosen |= {*found}
         return [s for s in sites if s.name in chosen]
 
     def chosen_heads(self, heads: int) -> list[int]:
@@ -173,6 +187,26 @@ tokens, branches, steps, latents, noise_pred, sites, text, image, reduce, dtype
         if wrong:
             raise InterpError(f"Capture(heads={list(self.heads)}): the model has heads 0–{heads - 1}")
         return list(self.heads)
+
+    def chosen_cells(self, grid: tuple[int, int]) -> tuple[slice, slice]:
+        """Return the rows and columns of a grid (height, width) that the region touches."""
+        if self.region is None:
+            return slice(0, grid[0]), slice(0, grid[1])
+        top, left, bottom, right = self.region
+        rows, columns = (
+            slice(math.floor(a * size + 1e-9), math.ceil(b * size - 1e-9))
+            for a, b, size in ((top, bottom, grid[0]), (left, right, grid[1]))
+        )
+        return rows, columns
+
+
+def _check_region(region: Any) -> None:
+    whole = isinstance(region, tuple) and len(region) == 4 and all(isinstance(v, Real) for v in region)
+    if not whole or not (0 <= region[0] < region[2] <= 1 and 0 <= region[1] < region[3] <= 1):
+        raise InterpError(
+            f"Capture(region={region!r}): give (top, left, bottom, right) in fractions of the picture, e.g. "
+            "(0, 0, 0.5, 1) for its upper half"
+        )
 
 
 def _qualified(fn: Reducer) -> str:

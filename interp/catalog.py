@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import AttentionSite, Family, find_family
+from interp.patterns import REGEX, matching
 
 ALIASES = {"pattern": "probs", "attn": "probs", "output": "out", "input": "in"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -47,7 +47,7 @@ def sites(pipe: Any, match: str = "*", height: int | None = None, width: int | N
 
     Args:
         pipe: A diffusers pipeline, or what `interp.load` accepts.
-        match: Glob over site names, e.g. `"*attn2:probs"`.
+        match: Glob over site names, e.g. `"*attn2:probs"`, or `"re:"` and a regular expression.
         height, width: Picture size in pixels; default is the model's own.
 
     Returns:
@@ -78,7 +78,8 @@ def sites(pipe: Any, match: str = "*", height: int | None = None, width: int | N
         for path, module in encoder.named_modules()
         if not isinstance(module, torch.nn.ModuleList)
     ]
-    found = SiteTable(s for s in rows if fnmatchcase(s.name, match) or fnmatchcase(s.name.partition(":")[0], match))
+    wanted = {*matching(match, [s.name for s in rows]), *matching(match, [s.name.partition(":")[0] for s in rows])}
+    found = SiteTable(s for s in rows if {s.name, s.name.partition(":")[0]} & wanted)
     if not found:
         raise InterpError(_no_match(family, match))
     return found
@@ -162,6 +163,10 @@ def split_site(site: str) -> tuple[str, str]:
         InterpError: the quantity is unknown.
     """
     path, _, quantity = site.partition(":")
+    if site.startswith(REGEX):  # which may hold colons of its own
+        path, _, quantity = site.rpartition(":")
+        if quantity not in {*QUANTITIES, *ALIASES}:
+            path, quantity = site, ""
     quantity = ALIASES.get(quantity, quantity) or "out"
     if quantity not in QUANTITIES:
         raise InterpError(
@@ -171,7 +176,7 @@ def split_site(site: str) -> tuple[str, str]:
 
 
 def match_sites(family: Family, pattern: str) -> list[str]:
-    """Return all `path:quantity` names that a glob selects.
+    """Return all `path:quantity` names that a glob, or `re:` and a regular expression for the path, selects.
 
     Raises:
         InterpError: none does.
@@ -181,7 +186,7 @@ def match_sites(family: Family, pattern: str) -> list[str]:
         paths = [s.name for s in attention_sites(family)]
     else:
         paths = module_paths(family)
-    found = [f"{p}:{quantity}" for p in paths if p == path or fnmatchcase(p, path)]
+    found = [f"{p}:{quantity}" for p in matching(path, paths)]
     if not found:
         raise InterpError(_no_match(family, pattern))
     return found

@@ -17,6 +17,7 @@ from interp.catalog import attention_sites, match_sites, split_site
 from interp.clock import Clock, StepEnd
 from interp.errors import InterpError
 from interp.families import AttentionSite, Family, find_family
+from interp.families.base import DenoiserInputs
 from interp.kernels import AttentionCall, KernelObserver
 from interp.overriding import override_call
 
@@ -218,6 +219,14 @@ class HookRegistry:
             for fn in self._predictions:
                 fn(prediction)
         return out if kept == branches else stack_rows(out, branches, kept)
+
+    def rehearse(self, inputs: DenoiserInputs) -> None:
+        """Call the denoiser outside a sampling run, as for one sample of the branch with text: sites are met once."""
+        self._call = DenoiserCall(inputs.args, inputs.kwargs, ("cond",), 0, 0.0, 0, 1, ("cond",))
+        try:
+            torch.nn.Module.__call__(self.family.denoiser, *inputs.args, **inputs.kwargs)
+        finally:
+            self._call = None
 
     def _end_step(self, end: StepEnd) -> None:
         for fn in self._step_ends:

@@ -3,111 +3,21 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 
-from interp.capture import Capture, Reducer
-from interp.catalog import attention_sites, dry_run, match_sites, text_length
+from interp.capture import Capture
+from interp.captured import ReduceCapture, SiteCapture, attention_groups, site_node
 from interp.clock import Timeline
 from interp.errors import InterpError
 from interp.families import AttentionSite, Family
-from interp.hooks import At
 from interp.interventions import Intervention
 from interp.loading import origin
 from interp.stores import Group, TokenTable
 from interp.stores.schema import attention_group, images_group, site_group, text_group, trajectory_group
-
-
-@dataclass(frozen=True)
-class ReduceCapture:
-    """A reduction of attention to keep: its name, function, layers in order, and the shape of one sample's result."""
-
-    name: str
-    fn: Reducer
-    layers: list[AttentionSite]
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SiteCapture:
-    """A module output to keep: its site and one sample's dims and shape."""
-
-    site: str
-    dims: tuple[str, ...]
-    shape: tuple[int, ...]
-
-
-def captured_sites(
-    family: Family, capture: Capture, height: int, width: int
-) -> tuple[list[AttentionSite], list[SiteCapture]]:
-    """Return the attention sites (with their grids) and module sites that a capture selects."""
-    if capture.attention is None and not capture.sites:
-        return [], []
-    shapes, grids = dry_run(family, height, width)
-    attention = [
-        AttentionSite(s.name, s.module, s.kind, s.heads, grids[s.name])
-        for s in capture.chosen_attention(attention_sites(family))
-    ]
-    sites = []
-    for pattern in capture.sites:
-        for site in match_sites(family, pattern):
-            path, _, quantity = site.partition(":")
-            if quantity != "out" or path not in shapes:
-                raise InterpError(
-                    f"Capture(sites={pattern!r}) asks for {site!r}; modules of the denoiser can be kept by their output "
-                    "('…:out'), attention by Capture(attention=…), anything else with interp.HookRegistry"
-                )
-            dims = {1: ("feature",), 2: ("position", "feature"), 3: ("channel", "y", "x")}.get(len(shapes[path]))
-            if dims is None:
-                raise InterpError(f"{site!r} has shape {shapes[path]}, which has no labels; read it with HookRegistry")
-            sites.append(SiteCapture(site, dims, shapes[path]))
-    return attention, sites
-
-
-def captured_reductions(family: Family, capture: Capture, height: int, width: int) -> list[ReduceCapture]:
-    """Return the reductions that a capture names; each is tried on uniform probabilities for its shape.
-
-    Raises:
-        InterpError: a glob matches nothing, the function fails, or its shape differs between layers.
-    """
-    if not capture.reduce:
-        return []
-    _, grids = dry_run(family, height, width)
-    found = []
-    for name, (glob, fn) in capture.reducers.items():
-        layers = [
-            AttentionSite(s.name, s.module, s.kind, s.heads, grids[s.name])
-            for s in Capture(attention=glob).chosen_attention(attention_sites(family))
-        ]
-        shapes = {_reduced_shape(name, fn, site, text_length(family)) for site in layers}
-        if len(shapes) > 1:
-            raise InterpError(
-                f"Capture(reduce={name!r}) gives different shapes for different layers ({sorted(shapes)}); return one "
-                "shape, or name layers of one grid: reduce={name: (glob, function)}"
-            )
-        found.append(ReduceCapture(name, fn, layers, shapes.pop()))
-    return found
-
-
-def _reduced_shape(name: str, fn: Reducer, site: AttentionSite, text: int) -> tuple[int, ...]:
-    queries = site.grid[0] * site.grid[1]
-    keys = queries if site.kind == "self" else text
-    at = At(f"{site.name}:probs", 0, 0.0, 0, "cond", 1)
-    try:
-        result = fn(torch.full((1, site.heads, queries, keys), 1 / keys), at)
-        shape = tuple(result.shape)
-    except Exception as error:
-        raise InterpError(
-            f"Capture(reduce={name!r}) fails on probabilities (sample 1, head {site.heads}, query {queries}, key {keys}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not shape or shape[0] != 1:
-        raise InterpError(f"Capture(reduce={name!r}) must return (sample, …), but gave shape {shape} for one sample")
-    return shape[1:]
 
 
 def run_groups(
@@ -134,17 +44,15 @@ def run_groups(
         groups[name] = attention_group(
             n, kind=members[0].kind, grid=members[0].grid, layers=[s.name for s in members],
             heads=["mean"] if capture.heads == "mean" else [str(h) for h in heads], branches=capture.branches,
-            sigma=times.sigma[kept], tokens=tokens, dtype=capture.dtype, self_attention=members[0].kind == "self", **timing,
+            sigma=times.sigma[kept], tokens=tokens, dtype=capture.dtype, self_attention=members[0].kind == "self",
+            cells=None if capture.region is None else capture.chosen_cells(members[0].grid), **timing,
         )  # fmt: skip
     for site in sites:
         groups[site_node(site.site)] = site_group(
-            n,
-            dims=site.dims,
-            shape=site.shape,
-            branches=capture.branches,
-            attrs={"site": site.site},
-            **timing,
-        )
+            n, dims=site.dims, shape=site.shape, branches=capture.branches, cells=site.cells,
+            tokens=every_token if "token" in site.dims else None,
+            attrs={"site": site.site} | ({"grid": list(site.grid)} if site.grid else {}), **timing,
+        )  # fmt: skip
     for one in reductions:
         dims = ("layer", *(f"axis_{i}" for i in range(len(one.shape))))
         group = site_group(
@@ -161,20 +69,6 @@ def run_groups(
     if capture.image:
         groups["images"] = images_group(n, height, width)
     return groups
-
-
-def attention_groups(attention: list[AttentionSite]) -> dict[str, list[AttentionSite]]:
-    """Sort attention sites into the store's groups, one a kind and grid."""
-    groups: dict[str, list[AttentionSite]] = {}
-    for site in attention:
-        node = "self_attention" if site.kind == "self" else "attention"
-        groups.setdefault(f"{node}/{site.grid[0]}x{site.grid[1]}", []).append(site)
-    return groups
-
-
-def site_node(site: str) -> str:
-    """Return the store's group of a module site: `sites/unet.mid_block`."""
-    return f"sites/{site.partition(':')[0]}"
 
 
 def run_attrs(

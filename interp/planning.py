@@ -6,19 +6,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from interp.capture import Capture
+from interp.captured import ReduceCapture, SiteCapture, captured_attention, captured_reductions, captured_sites
 from interp.clock import Timeline, timeline
 from interp.errors import InterpError, nearest
 from interp.families import AttentionSite, Family, find_family
 from interp.interventions import Intervention, check_all
-from interp.layouts import ReduceCapture, SiteCapture, captured_reductions, captured_sites, run_attrs, run_groups
+from interp.layouts import run_attrs, run_groups
 from interp.loading import origin
 from interp.prompts import PromptTable, prompt_table
 from interp.stores import Array, Layout
+from interp.token_choice import choose_tokens
 from interp.tokens import Tokens, TokenSelection, select_tokens, tokenize
 
 Conditions = Mapping[str, Sequence[Intervention]]
@@ -174,9 +176,16 @@ def assemble(
     n, tokenizer = len(samples["prompt"]), next(iter(family.text_encoders.values()))[0]
     known = {text: tokenize(tokenizer, text) for text in {*samples["prompt"], *samples["negative_prompt"]}}
     tokens = [known[text] for text in samples["prompt"]]
-    selection = select_tokens(tokens, [known[text] for text in samples["negative_prompt"]], capture.tokens, columns)
-    every = select_tokens(tokens, [known[text] for text in samples["negative_prompt"]], "all").table
-    attention, sites = captured_sites(family, capture, height, width)
+    others = [known[text] for text in samples["negative_prompt"]]
+    named = not isinstance(capture.tokens, str) and any(isinstance(t, str) for t in capture.tokens)
+    selection = (
+        choose_tokens(capture.tokens, tokens, others, table.rows(samples["prompt_id"]), columns)
+        if named
+        else select_tokens(tokens, others, cast("str | tuple[int, ...]", capture.tokens), columns)
+    )
+    every = select_tokens(tokens, others, "all").table
+    attention = captured_attention(family, capture, height, width)
+    sites = captured_sites(family, capture, height, width)
     reductions = captured_reductions(family, capture, height, width)
     layout = Layout(
         samples=samples,

@@ -2,20 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from interp.branches import split_rows
+from interp.captured import UPDATE, ReduceCapture, SiteCapture, attention_groups, site_node
 from interp.clock import StepEnd
 from interp.errors import InterpError
 from interp.hooks import At, DenoiserCall, HookRegistry, Prediction
 from interp.kernels import AttentionCall
-from interp.layouts import ReduceCapture, attention_groups, site_node
 from interp.outbox import Outbox
 from interp.planning import Plan
 from interp.reduction import AttentionReducer
+from interp.regions import Cells
 from interp.stores import RunWriter
 from interp.tokens import TokenSelection
 
@@ -44,12 +46,16 @@ class Recorder:
         selection = TokenSelection(columns.positions[self.samples], pads, columns.table)
         self._kept = set(capture.chosen_steps(len(plan.timeline)))
         self._groups = attention_groups(plan.attention)
+        observed = [*plan.attention, *(s for one in plan.reductions for s in one.layers)]
+        self._observed = {s.name: s for s in observed}
+        self._cells = {s.name: Cells(s.grid, *capture.chosen_cells(s.grid)) for s in observed}
         self._reducers = {
             name: AttentionReducer(
-                members[0].grid,
+                self._cells[members[0].name].size,
                 None if capture.heads == "mean" else capture.chosen_heads(members[0].heads),
                 None if members[0].kind == "self" else selection,
                 getattr(torch, capture.dtype),
+                members[0].grid,
             )
             for name, members in self._groups.items()
         }
@@ -65,13 +71,11 @@ class Recorder:
         self._attach()
 
     def _attach(self) -> None:
-        for site in self.plan.attention:
-            self.hooks.on_attention(site, self._on_attention)
-        kept = {s.name for s in self.plan.attention}
-        for site in {s.name: s for one in self.plan.reductions for s in one.layers if s.name not in kept}.values():
+        for site in self._observed.values():
             self.hooks.on_attention(site, self._on_attention)
         for wanted in self.plan.sites:
-            self.hooks.read(wanted.site, self._on_site)
+            for source in wanted.sources:
+                self.hooks.read(source, partial(self._on_site, wanted))
         self.hooks.on_prediction(self._on_prediction)
         self.hooks.on_step(self._on_step)
         if self.plan.capture.text:
@@ -86,11 +90,16 @@ class Recorder:
 
     def _on_attention(self, kernel: AttentionCall, call: DenoiserCall) -> None:
         if call.step in self._kept and call.evaluation == 0 and kernel.call == 0:
-            self._calls[kernel.site] = (replace(kernel, value=None), call)  # values are not needed, and large
+            kernel = replace(kernel, value=None)  # values are not needed, and large
+            self._calls[kernel.site] = (self._cells[kernel.site].crop(kernel), call)
 
-    def _on_site(self, tensor: torch.Tensor, at: At) -> None:
-        if at.step in self._kept and at.evaluation == 0 and at.branch in self.plan.capture.branches:
-            self._values[at.site, at.branch] = tensor.detach().clone()  # later modules may work in place
+    def _on_site(self, wanted: SiteCapture, tensor: torch.Tensor, at: At) -> None:
+        if at.step not in self._kept or at.evaluation or at.call or at.branch not in self.plan.capture.branches:
+            return
+        value, key = wanted.keep(tensor), (wanted.site, at.branch)
+        if wanted.quantity == UPDATE:  # the input comes first
+            value = value if at.site.endswith(":in") else value - self._values[key]
+        self._values[key] = value
 
     def _on_call(self, call: DenoiserCall) -> None:
         if call.step == 0 and call.evaluation == 0:

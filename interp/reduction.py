@@ -21,6 +21,7 @@ class AttentionReducer:
         selection: Token columns of the batch's samples; None for self-attention, which keeps all keys and gives
             (sample, layer, head, query_y, query_x, key_y, key_x).
         dtype: Of the result.
+        keys: (height, width) of the key positions of self-attention; default is `grid`.
     """
 
     def __init__(
@@ -29,8 +30,9 @@ class AttentionReducer:
         heads: list[int] | None,
         selection: TokenSelection | None,
         dtype: torch.dtype,
+        keys: tuple[int, int] | None = None,
     ) -> None:
-        self.grid, self.heads, self.dtype = grid, heads, dtype
+        self.grid, self.heads, self.dtype, self.keys = grid, heads, dtype, keys or grid
         self._positions = None if selection is None else torch.from_numpy(selection.positions)
         pads = None if selection is None else selection.pads
         self._pads = None if pads is None else torch.from_numpy(pads)
@@ -47,7 +49,7 @@ class AttentionReducer:
         stacked = torch.stack([r for r in reduced if r is not None], dim=1)  # (sample, layer, head, token, query)
         height, width = self.grid
         if self._positions is None:
-            return stacked.unflatten(-1, (height, width)).unflatten(-3, (height, width))
+            return stacked.unflatten(-1, self.keys).unflatten(-3, (height, width))
         return stacked.unflatten(-1, (height, width))
 
     def _tokens(self, probs: torch.Tensor) -> torch.Tensor:

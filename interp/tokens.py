@@ -107,10 +107,13 @@ def select_tokens(
         if wrong:
             raise InterpError(f"Capture(tokens={list(wanted)}): the text has positions 0–{length - 1}")
         positions = np.tile(np.asarray(wanted, int), (n, 1))
-    return TokenSelection(positions, pads, _table(cond, uncond, positions, pads))
+    return TokenSelection(positions, pads, label_columns(cond, uncond, positions, pads))
 
 
-def _table(cond: list[Tokens], uncond: list[Tokens], positions: np.ndarray, pads: np.ndarray | None) -> TokenTable:
+def label_columns(
+    cond: list[Tokens], uncond: list[Tokens], positions: np.ndarray, pads: np.ndarray | None
+) -> TokenTable:
+    """Describe chosen positions: the table of their columns."""
     shape = positions.shape
     text, role, other = (np.full(shape, "", object) for _ in range(3))
     ids, word, count = np.full(shape, -1), np.full(shape, -1), np.zeros(shape, int)

@@ -151,6 +151,22 @@ class Run:
         table = node.to_dataset(inherit=True)
         return table.drop_vars([v for v in table.variables if v not in {*names, "sample"}]).reset_coords(names)
 
+    @property
+    def sites(self) -> list[str]:
+        """Names of the captured sites (`unet.mid_block:out`) and reductions."""
+        found = self.tree.children.get("sites")
+        nodes = found.children if found is not None else {}
+        return [str(node.attrs.get("site", name)) for name, node in nodes.items()]
+
+    def site(self, name: str) -> xr.DataArray:
+        """What passed at a captured site, or a reduction (sample, step, branch, …); `:out` may be left out."""
+        known, wanted = self.sites, name.removesuffix(":out")
+        if wanted not in (n.removesuffix(":out") for n in known):
+            if not known:
+                raise self._lacking(f"site {name!r}", f"Capture(sites=({name!r},))")
+            raise StoreError(f"this run has no site {name!r}{nearest(name, known)}; it has: {', '.join(known)}")
+        return self._labelled(self.tree.children["sites"].children[wanted].data_vars["value"])
+
     # Selections
 
     def isel(self, sample: Any) -> "Run":

@@ -209,13 +209,15 @@ def attention_group(
     dtype: str = "float16",
     self_attention: bool = False,
     text_attention: bool = False,
+    cells: tuple[slice, slice] | None = None,
     attrs: Mapping[str, Any] | None = None,
 ) -> Group:
     """Describe one grid (height, width): `probs` (sample, step, branch, layer, head, token, query_y,
     query_x).
 
     `self_attention=True` gives `probs` (…, query_y, query_x, key_y, key_x) and needs no tokens;
-    `text_attention=True` (…, token, key_y, key_x), the text's view of a joint attention.
+    `text_attention=True` (…, token, key_y, key_x), the text's view of a joint attention. `cells`: only these
+    rows and columns of the queries are kept, and numbered in the coordinates `query_y` and `query_x`.
     """
     top = "self_attention" if self_attention else "text_attention" if text_attention else "attention"
     if tokens is None and not self_attention:
@@ -231,6 +233,9 @@ def attention_group(
     sizes |= {"token": tokens.width if tokens else 0}
     coords: dict[str, Any] = {"step": steps, "timestep": timestep, "sigma": sigma}
     coords |= {"branch": branches, "layer": layers, "head": heads}
+    if cells is not None:
+        coords |= {"query_y": np.arange(grid[0])[cells[0]], "query_x": np.arange(grid[1])[cells[1]]}
+        sizes |= {name: len(coords[name]) for name in ("query_y", "query_x")}
     attrs = {"kind": kind, "normalised_over": "all keys"} | dict(attrs or {})
     keep = None if self_attention else tokens
     return _build(f"{top}/{grid[0]}x{grid[1]}", sizes, {"probs": dtype}, coords, attrs, keep)
@@ -287,12 +292,21 @@ def site_group(
     timestep: Sequence[float] | np.ndarray,
     branches: Sequence[str],
     dtype: str = "float32",
+    tokens: TokenTable | None = None,
+    cells: np.ndarray | tuple[slice, slice] | None = None,
     attrs: Mapping[str, Any] | None = None,
 ) -> Group:
     """Describe `sites/<name>`: value (sample, step, branch, *dims), `dims` and `shape` being the site's
     own.
+
+    `tokens` labels a dim `token`; `cells` numbers what was kept of `position`, or of `y` and `x`.
     """
-    group = _build("sites/site", {}, {}, {"step": steps, "timestep": timestep, "branch": branches}, attrs)
+    coords: dict[str, Any] = {"step": steps, "timestep": timestep, "branch": branches}
+    if isinstance(cells, tuple):
+        coords |= {name: np.arange(part.start, part.stop) for name, part in zip("yx", cells, strict=True)}
+    elif cells is not None:
+        coords["position"] = cells
+    group = _build("sites/site", {}, {}, coords, attrs, tokens)
     full = ("sample", "step", "branch", *dims)
     group.arrays["value"] = Array(full, (n, len(steps), len(branches), *shape), dtype)
     return group

@@ -98,7 +98,12 @@ def _layers(node: str) -> tuple[Variable, ...]:
     )
 
 
-def _tokens(node: str) -> tuple[Variable, ...]:
+def _cells(node: str, *dims: str) -> tuple[Variable, ...]:
+    meaning = "which of the grid's positions were kept, if a region was captured"
+    return tuple(Variable(node, d, (d,), _I4, "table", meaning, "", True) for d in dims)
+
+
+def _tokens(node: str, *, always: bool = True) -> tuple[Variable, ...]:
     both = ("sample", "token")
     meanings = {
         "token_text": (_STR, "text of the token; empty for an unused column", True),
@@ -108,7 +113,7 @@ def _tokens(node: str) -> tuple[Variable, ...]:
         "token_count": (_I4, "how many tokens the column sums; more than 1 for padding, 0 unused", True),
         "token_text_uncond": (_STR, "text of the `uncond` branch's token in this column", False),
     }
-    return tuple(Variable(node, n, both, t, "table", m, "", True, r) for n, (t, m, r) in meanings.items())
+    return tuple(Variable(node, n, both, t, "table", m, "", True, r and always) for n, (t, m, r) in meanings.items())
 
 
 def _trajectory() -> tuple[Variable, ...]:
@@ -141,10 +146,10 @@ def _attention() -> tuple[Variable, ...]:
         Variable(cross, "probs", (*_PER_HEAD, "token", *_QUERY), _HALF, "shard",
                  "attention from image positions to tokens, normalised over all keys before any selection",
                  "1", False, True, "unused token"),
-        *_steps(cross, first=captured), *_layers(cross), *_tokens(cross),
+        *_steps(cross, first=captured), *_layers(cross), *_tokens(cross), *_cells(cross, *_QUERY),
         Variable(own, "probs", (*_PER_HEAD, *_QUERY, *key), _HALF, "shard",
                  "attention from image positions to image positions", "1", False, True, "never"),
-        *_steps(own, first=captured), *_layers(own),
+        *_steps(own, first=captured), *_layers(own), *_cells(own, *_QUERY),
         Variable(back, "probs", (*_PER_HEAD, "token", *key), _HALF, "shard",
                  "attention from tokens to image positions, in joint attention",
                  "1", False, True, "unused token"),
@@ -158,6 +163,7 @@ def _rest() -> tuple[Variable, ...]:
     return (
         Variable(site, "value", ("sample", "step", "branch", "..."), _REAL, "auto",
                  "what passed at the site; further dims by kind (channel, y, x or position, feature)"),
+        *_tokens(site, always=False), *_cells(site, "position", "y", "x"),
         *_steps(site, first="the captured sampling steps")[:2],
         Variable(site, "branch", ("branch",), _STR, "table", "`cond` or `uncond`", "", True, True),
         Variable(text, "embeddings", embedded, _REAL, "auto", "what the denoiser reads", "1"),

@@ -1,0 +1,225 @@
+"""What a capture selects of a pipeline: attention sites, module sites and reductions, with their shapes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from interp.capture import Capture, Reducer
+from interp.catalog import attention_sites, dry_run, match_sites, text_length
+from interp.errors import InterpError
+from interp.families import AttentionSite, Family
+from interp.hooks import At
+from interp.rehearsal import site_shapes
+
+UPDATE = "update"
+"""Quantity of a module: output − input, what a block adds to the residual stream."""
+
+
+@dataclass(frozen=True)
+class SiteCapture:
+    """A site to keep: its name `path:quantity`, one sample's dims and shape, and what of it is kept.
+
+    `cells` are the flat positions (dims `position`) or the rows and columns (dims `y`, `x`) of the captured region,
+    None where everything is kept; `grid` (height, width) is what the positions are a picture of, if they are one.
+    """
+
+    site: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    grid: tuple[int, int] | None = None
+    cells: np.ndarray | tuple[slice, slice] | None = field(default=None, compare=False)
+
+    @property
+    def quantity(self) -> str:
+        """What of the module: `in`, `out`, `update`, `q`, `k` or `v`."""
+        return self.site.rpartition(":")[2]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sites that are read for it."""
+        path = self.site.rpartition(":")[0]
+        return (f"{path}:in", f"{path}:out") if self.quantity == UPDATE else (self.site,)
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Cut a batch's tensor (sample, …) to what is kept, as a copy: later modules may work in place."""
+        if isinstance(self.cells, tuple):
+            return tensor.detach()[(..., *self.cells)].clone()
+        if self.cells is not None:
+            index = torch.from_numpy(self.cells).to(tensor.device)
+            return tensor.detach().index_select(1 + self.dims.index("position"), index)
+        return tensor.detach().clone()
+
+
+@dataclass(frozen=True)
+class ReduceCapture:
+    """A reduction of attention to keep: its name, function, layers in order, and the shape of one sample's result."""
+
+    name: str
+    fn: Reducer
+    layers: list[AttentionSite]
+    shape: tuple[int, ...]
+
+
+def captured_attention(family: Family, capture: Capture, height: int, width: int) -> list[AttentionSite]:
+    """Return the attention sites that a capture selects, with their grids."""
+    if capture.attention is None:
+        return []
+    return _with_grids(family, capture, height, width)
+
+
+def _with_grids(family: Family, capture: Capture, height: int, width: int) -> list[AttentionSite]:
+    _, grids = dry_run(family, height, width)
+    return [
+        AttentionSite(s.name, s.module, s.kind, s.heads, grids[s.name])
+        for s in capture.chosen_attention(attention_sites(family))
+    ]
+
+
+def captured_sites(family: Family, capture: Capture, height: int, width: int) -> list[SiteCapture]:
+    """Return the sites that a capture selects, in the order of its patterns, each once.
+
+    Raises:
+        InterpError: a pattern matches nothing, or a site has no labelled shape or does not run.
+    """
+    wanted = dict.fromkeys(site for pattern in capture.sites for site in _matched(family, pattern))
+    if not wanted:
+        return []
+    sources = [s for site in wanted for s in SiteCapture(site, (), ()).sources]
+    shapes = site_shapes(family, sorted({*sources}), height, width)
+    _, grids = dry_run(family, height, width)
+    kinds = {s.name: s.kind for s in attention_sites(family)}
+    return [_site(family, capture, site, shapes, grids, kinds) for site in wanted]
+
+
+def _matched(family: Family, pattern: str) -> list[str]:
+    if pattern.endswith(f":{UPDATE}"):
+        return [f"{s.rpartition(':')[0]}:{UPDATE}" for s in match_sites(family, pattern.removesuffix(UPDATE) + "out")]
+    found = match_sites(family, pattern)
+    if found[0].endswith(":probs"):
+        raise InterpError(
+            f"Capture(sites={pattern!r}) asks for attention probabilities; keep them by Capture(attention={pattern!r})"
+        )
+    return found
+
+
+def _site(
+    family: Family, capture: Capture, site: str, shapes: dict[str, tuple[int, ...]],
+    grids: dict[str, tuple[int, int]], kinds: dict[str, str],
+) -> SiteCapture:  # fmt: skip
+    one = SiteCapture(site, (), ())
+    missing = [s for s in one.sources if s not in shapes]
+    path = site.rpartition(":")[0]
+    if missing:
+        where = (
+            " (text='layers' keeps the text encoders' hidden states)"
+            if path.split(".")[0] in family.text_encoders
+            else ""
+        )
+        raise InterpError(
+            f"Capture(sites={site!r}): no tensor passes there in a plain call of the denoiser, so it cannot be kept{where}"
+        )
+    first, last = shapes[one.sources[0]], shapes[one.sources[-1]]
+    if first != last:
+        raise InterpError(
+            f"Capture(sites={site!r}): the module's input has shape {first} and its output {last}, so there is no "
+            "difference; name a residual block"
+        )
+    dims = _dims(one.quantity, first, kinds.get(path, ""))
+    if dims is None:
+        raise InterpError(f"{site!r} has shape {first}, which has no labels; read it with interp.HookRegistry")
+    return _cropped(capture, SiteCapture(site, dims, first, _grid(dims, first, path, grids)))
+
+
+def _dims(quantity: str, shape: tuple[int, ...], kind: str) -> tuple[str, ...] | None:
+    if quantity in ("q", "k", "v"):
+        keys = quantity != "q"
+        return ("head", "token" if keys and kind == "cross" else "position", "feature")
+    return {1: ("feature",), 2: ("position", "feature"), 3: ("channel", "y", "x")}.get(len(shape))
+
+
+def _grid(
+    dims: tuple[str, ...], shape: tuple[int, ...], path: str, grids: dict[str, tuple[int, int]]
+) -> tuple[int, int] | None:
+    """The grid that a site's positions are a picture of: that of the attention within it, or of as many positions."""
+    if "position" not in dims:
+        return None
+    count = shape[dims.index("position")]
+    near = [g for name, g in grids.items() if name.startswith(f"{path}.") or name == path]
+    fitting = {g for g in near or grids.values() if g[0] * g[1] == count}
+    return fitting.pop() if len(fitting) == 1 else None
+
+
+def _cropped(capture: Capture, site: SiteCapture) -> SiteCapture:
+    if capture.region is None:
+        return site
+    if site.dims == ("channel", "y", "x"):
+        rows, columns = capture.chosen_cells((site.shape[1], site.shape[2]))
+        cut = (site.shape[0], rows.stop - rows.start, columns.stop - columns.start)
+        return SiteCapture(site.site, site.dims, cut, site.grid, (rows, columns))
+    if "position" not in site.dims or site.quantity in ("k", "v"):
+        return site
+    if site.grid is None:
+        raise InterpError(
+            f"Capture(region=…, sites={site.site!r}): its {site.shape[site.dims.index('position')]} positions are no "
+            "picture; capture it without region"
+        )
+    cells = np.arange(site.grid[0] * site.grid[1]).reshape(site.grid)[capture.chosen_cells(site.grid)].ravel()
+    shape = tuple(len(cells) if d == "position" else n for d, n in zip(site.dims, site.shape, strict=True))
+    return SiteCapture(site.site, site.dims, shape, site.grid, cells)
+
+
+def captured_reductions(family: Family, capture: Capture, height: int, width: int) -> list[ReduceCapture]:
+    """Return the reductions that a capture names; each is tried on uniform probabilities for its shape.
+
+    Raises:
+        InterpError: a glob matches nothing, the function fails, or its shape differs between layers.
+    """
+    found = []
+    for name, (glob, fn) in capture.reducers.items():
+        layers = _with_grids(family, Capture(attention=glob), height, width)
+        shapes = {
+            _reduced_shape(
+                name, fn, s, math.prod(c.stop - c.start for c in capture.chosen_cells(s.grid)), text_length(family)
+            )
+            for s in layers
+        }
+        if len(shapes) > 1:
+            raise InterpError(
+                f"Capture(reduce={name!r}) gives different shapes for different layers ({sorted(shapes)}); return one "
+                "shape, or name layers of one grid: reduce={name: (glob, function)}"
+            )
+        found.append(ReduceCapture(name, fn, layers, shapes.pop()))
+    return found
+
+
+def _reduced_shape(name: str, fn: Reducer, site: AttentionSite, queries: int, text: int) -> tuple[int, ...]:
+    keys = site.grid[0] * site.grid[1] if site.kind == "self" else text
+    at = At(f"{site.name}:probs", 0, 0.0, 0, "cond", 1)
+    try:
+        result = fn(torch.full((1, site.heads, queries, keys), 1 / keys), at)
+        shape = tuple(result.shape)
+    except Exception as error:
+        raise InterpError(
+            f"Capture(reduce={name!r}) fails on probabilities (sample 1, head {site.heads}, query {queries}, key {keys}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not shape or shape[0] != 1:
+        raise InterpError(f"Capture(reduce={name!r}) must return (sample, …), but gave shape {shape} for one sample")
+    return shape[1:]
+
+
+def attention_groups(attention: Sequence[AttentionSite]) -> dict[str, list[AttentionSite]]:
+    """Sort attention sites into the store's groups, one a kind and grid."""
+    groups: dict[str, list[AttentionSite]] = {}
+    for site in attention:
+        node = "self_attention" if site.kind == "self" else "attention"
+        groups.setdefault(f"{node}/{site.grid[0]}x{site.grid[1]}", []).append(site)
+    return groups
+
+
+def site_node(site: str) -> str:
+    """Return the store's group of a site: `sites/unet.mid_block` for its output, `sites/unet.mid_block:in`, …."""
+    return f"sites/{site.removesuffix(':out')}"

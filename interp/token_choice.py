@@ -1,0 +1,76 @@
+"""Choosing token columns by position, word and role."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from interp.errors import InterpError, nearest, sentence_list
+from interp.prompts import fill
+from interp.stores.table import ROLES
+from interp.tokens import WORD, Tokens, TokenSelection, label_columns
+
+Item = int | str
+
+
+def choose_tokens(
+    wanted: Sequence[Item], cond: Sequence[Tokens], uncond: Sequence[Tokens], rows: Sequence[Mapping[str, Any]],
+    width: int = 0,
+) -> TokenSelection:  # fmt: skip
+    """Return the columns of some positions, words and roles, in the order of the prompt.
+
+    A prompt's columns are its chosen tokens, left aligned; the role `pad` is one last column that sums all padding.
+
+    Args:
+        wanted: Positions; roles; words or phrases, all their occurrences; `"{column}"` for the text in a column of
+            the prompt table.
+        cond, uncond: Tokenised prompts and negative prompts, one a sample.
+        rows: The samples' rows of the prompt table.
+        width: Make at least this many columns (a run that is appended to has its width already).
+
+    Raises:
+        InterpError: a position is outside the text, or a word is in none of the prompts.
+    """
+    summed = "pad" in wanted
+    kept = [_positions(wanted, tokens, row) for tokens, row in zip(cond, rows, strict=True)]
+    for item in wanted:
+        if (
+            isinstance(item, str)
+            and item not in ROLES
+            and not any(_words(item, t, r) for t, r in zip(cond, rows, strict=True))
+        ):
+            words = sorted({w for t in cond for w in t.words})
+            raise InterpError(
+                f"Capture(tokens={list(wanted)}): {fill(item, rows[0])!r} is in no prompt{nearest(item, [*words, *ROLES])}; "
+                f"the prompts have the words {sentence_list(words)}"
+            )
+    columns = max(*(len(k) + summed for k in kept), width, 1)
+    positions = np.full((len(cond), columns), -1)
+    pads = np.zeros((len(cond), len(cond[0].ids)), bool)
+    for i, (found, tokens) in enumerate(zip(kept, cond, strict=True)):
+        positions[i, : len(found)] = found
+        pads[i] = [role == "pad" and p not in found for p, role in enumerate(tokens.role)]
+    sums = pads if summed else None
+    return TokenSelection(positions, sums, label_columns(list(cond), list(uncond), positions, sums))
+
+
+def _positions(wanted: Sequence[Item], tokens: Tokens, row: Mapping[str, Any]) -> list[int]:
+    length, found = len(tokens.ids), set()
+    for item in wanted:
+        if isinstance(item, str):
+            found |= {p for p, role in enumerate(tokens.role) if role == item and item != "pad"}
+            found |= set() if item in ROLES else set(_words(item, tokens, row))
+        elif 0 <= item < length:
+            found.add(int(item))
+        else:
+            raise InterpError(f"Capture(tokens={list(wanted)}): the text has positions 0–{length - 1}")
+    return sorted(found)
+
+
+def _words(item: str, tokens: Tokens, row: Mapping[str, Any]) -> list[int]:
+    """Positions of all occurrences of a word or phrase; case does not matter."""
+    phrase = [m.group().lower() for m in WORD.finditer(fill(item, row))]
+    words = [w.lower() for w in tokens.words]
+    starts = [i for i in range(len(words) - len(phrase) + 1) if phrase and words[i : i + len(phrase)] == phrase]
+    inside = {i + k for i in starts for k in range(len(phrase))}
+    return [p for p, w in enumerate(tokens.word) if w in inside]
