@@ -16,11 +16,14 @@ _HOME = {
     "Plan": "interp.planning",
     "trace": "interp.tracing",
     "record": "interp.recording",
+    "nnsight": "interp.envoy",
     "Capture": "interp.capture",
     "HookRegistry": "interp.hooks",
     "At": "interp.hooks",
     "score": "interp.scoring",
     "Intervention": "interp.interventions",
+    "Edit": "interp.interventions",
+    "NNsightEdit": "interp.interventions",
     "RemoveText": "interp.interventions",
     "RemoveGuidance": "interp.interventions",
     "ReplaceEOS": "interp.interventions",
@@ -33,9 +36,11 @@ _HOME = {
 __all__ = [
     "At",
     "Capture",
+    "Edit",
     "HookRegistry",
     "InterpError",
     "Intervention",
+    "NNsightEdit",
     "Plan",
     "RemoveGuidance",
     "RemoveText",
@@ -44,6 +49,7 @@ __all__ = [
     "Run",
     "__version__",
     "load",
+    "nnsight",
     "open_run",
     "plan",
     "record",
@@ -55,10 +61,13 @@ __all__ = [
 if TYPE_CHECKING:
     from interp.capture import Capture as Capture
     from interp.catalog import sites as sites
+    from interp.envoy import nnsight as nnsight
     from interp.errors import InterpError as InterpError
     from interp.hooks import At as At
     from interp.hooks import HookRegistry as HookRegistry
+    from interp.interventions import Edit as Edit
     from interp.interventions import Intervention as Intervention
+    from interp.interventions import NNsightEdit as NNsightEdit
     from interp.interventions import RemoveGuidance as RemoveGuidance
     from interp.interventions import RemoveText as RemoveText
     from interp.interventions import ReplaceEOS as ReplaceEOS

@@ -14,6 +14,7 @@ from interp.patterns import REGEX, matching
 
 ALIASES = {"pattern": "probs", "attn": "probs", "output": "out", "input": "in"}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_OTHERS = (*_HOOKS, "forward", "_compiled_call_impl")
 _DRY_RUNS: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 QUANTITIES = ("in", "out", "q", "k", "v", "probs")
 
@@ -138,10 +139,14 @@ def _dry_run(family: Family, size: tuple[int, int]) -> tuple[dict[str, tuple[int
             shapes[f"{root}.{path}" if path else root] = tuple(int(n) for n in out.shape[1:])
 
     handles = []
-    others = [(m, name, getattr(m, name)) for m in denoiser.modules() for name in _HOOKS]
+    # nobody else's hook is to meet tensors without data, nor an offload's or nnsight's `forward`, nor compiled code
+    others = [(m, name, vars(m)[name]) for m in denoiser.modules() for name in _OTHERS if name in vars(m)]
     try:
-        for module, name, _ in others:  # nobody else's hook is to meet tensors without data
-            setattr(module, name, OrderedDict())
+        for module, name, _ in others:
+            if name in _HOOKS:
+                setattr(module, name, OrderedDict())
+            else:
+                del vars(module)[name]
         for path, module in denoiser.named_modules():
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(lambda _, args, out, path=path: leave(path, out)))
@@ -151,8 +156,8 @@ def _dry_run(family: Family, size: tuple[int, int]) -> tuple[dict[str, tuple[int
     finally:
         for handle in handles:
             handle.remove()
-        for module, name, hooks in others:
-            setattr(module, name, hooks)
+        for module, name, own in others:
+            vars(module)[name] = own
     return shapes, grids
 
 

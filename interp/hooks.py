@@ -15,6 +15,7 @@ import torch
 from interp.branches import keep_rows, split_rows, stack_rows
 from interp.catalog import attention_sites, match_sites, split_site
 from interp.clock import Clock, StepEnd
+from interp.compiling import plain, run_eagerly
 from interp.errors import InterpError
 from interp.families import AttentionSite, Family, find_family
 from interp.families.base import DenoiserInputs
@@ -135,6 +136,10 @@ class HookRegistry:
         """Call `fn` after each `scheduler.step`."""
         self._step_ends.append(fn)
 
+    def on_exit(self, fn: Callable[[], None]) -> None:
+        """Call `fn` when the context ends, also after an exception: what was put beside the registry goes with it."""
+        self._undo.append(fn)
+
     def on_attention(self, site: AttentionSite, fn: Callable[[AttentionCall, DenoiserCall], None]) -> None:
         """Call `fn` with every kernel call of an attention site, all rows: the cheap way to keep query and key."""
         self._attention.setdefault(site.name, []).append(fn)
@@ -157,8 +162,9 @@ class HookRegistry:
         self._clock = Clock(self.pipe.scheduler, self._end_step)
         self._undo.append(self._clock.close)
         self._undo.append(self._observer.close)
-        for module in self.family.denoisers.values():
-            self._undo.append(override_call(module, self._denoise))
+        self._undo.append(run_eagerly(self.family.denoisers.values()))
+        for name, module in self.family.denoisers.items():  # what is called may be the compiled wrapper of the module
+            self._undo.append(override_call(getattr(self.pipe, name, module), self._denoise))
         for site in {**self._readers, **self._writers}:
             self._hook_site(site)
         for site in self._attention:
@@ -174,7 +180,7 @@ class HookRegistry:
     def family_module(self, path: str) -> torch.nn.Module:
         """Return the module at a site's path, e.g. `unet.mid_block`."""
         root, _, rest = path.partition(".")
-        return getattr(self.pipe, root).get_submodule(rest)
+        return plain(getattr(self.pipe, root)).get_submodule(rest)
 
     # The denoiser
 
@@ -211,7 +217,7 @@ class HookRegistry:
         finally:
             _RUNNING.reset(token)
             self._call = outer
-        if module is self.family.denoiser and self._predictions:
+        if plain(module) is self.family.denoiser and self._predictions:
             sample = out[0] if isinstance(out, tuple) else out.sample
             # an inner registry may have dropped more since, and call.branches tells what is left
             outputs = {b: t for b, t in split_rows(sample, kept).items() if b in call.branches}
@@ -274,6 +280,8 @@ class HookRegistry:
     def _apply(self, site: str, tensor: torch.Tensor, kernel_call: int = 0) -> torch.Tensor | None:
         """Let writers change and readers see the rows of each branch; None if nothing was changed."""
         call = self._call
+        if call is not None and _RUNNING.get() is None:
+            return None  # not the pipeline's own call: a module that an nnsight block runs by itself, beside it
         if call is None:  # outside the denoiser: the text encoder, which runs once per branch before the first step
             call = DenoiserCall((), {}, ("",), -1, float("nan"), 0, tensor.shape[0])
         parts, changed = split_rows(tensor, call.branches), False
@@ -301,7 +309,7 @@ class HookRegistry:
 
     def _observe(self, kernel: AttentionCall) -> torch.Tensor | None:
         call = self._call
-        if call is None:
+        if call is None or _RUNNING.get() is None:
             return None
         for fn in self._attention.get(kernel.site, ()):
             fn(kernel, call)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 
+from interp.compiling import plain
 from interp.families.base import AttentionSite, DenoiserInputs, EncodedPrompt, Family
 
 # Pipelines whose row order [uncond, cond] was read in their source. Others of the same base (InstructPix2Pix and PAG
@@ -29,9 +30,9 @@ class UNetFamily(Family):
     @property
     def denoisers(self) -> dict[str, torch.nn.Module]:
         """The UNet, and a ControlNet beside it, whose residuals have the same rows."""
-        found = {"unet": self.pipe.unet}
+        found = {"unet": plain(self.pipe.unet)}
         if isinstance(getattr(self.pipe, "controlnet", None), torch.nn.Module):
-            found["controlnet"] = self.pipe.controlnet
+            found["controlnet"] = plain(self.pipe.controlnet)
         return found
 
     @property
@@ -57,7 +58,7 @@ class UNetFamily(Family):
     def attention_sites(self) -> list[AttentionSite]:
         """Every `Attention` inside a transformer block, in module order, which is running order down, up, mid."""
         sites = []
-        for name, module in self.pipe.unet.named_modules():
+        for name, module in self.denoiser.named_modules():
             if isinstance(module, Attention) and ".transformer_blocks." in f".{name}":
                 kind = "cross" if module.is_cross_attention else "self"
                 sites.append(AttentionSite(f"unet.{name}", module, kind, module.heads))

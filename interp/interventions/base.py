@@ -43,6 +43,7 @@ class Intervention:
     unit: Unit = "fraction"
 
     name: ClassVar[str]
+    serialisable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.unit not in ("fraction", "step", "sigma", "timestep"):
@@ -110,6 +111,14 @@ class Intervention:
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {"name": self.name, **values}
 
+    def window(self) -> dict[str, Any]:
+        """Return start, stop and unit."""
+        return {"start": self.start, "stop": self.stop, "unit": self.unit}
+
+    def written(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the spec of an intervention that is Python: what is known of it, and that it cannot be rebuilt."""
+        return {"name": self.name, **self.window(), **values, "serialisable": False}
+
 
 def from_spec(spec: Mapping[str, Any]) -> Intervention:
     """Rebuild an intervention from its spec.
@@ -123,6 +132,11 @@ def from_spec(spec: Mapping[str, Any]) -> Intervention:
     from interp.probes.discovery import find_plugin
 
     values = dict(spec)
+    if values.get("serialisable") is False:
+        raise InterpError(
+            f"{values.get('name')!r} is an edit in Python, of which a run keeps the text alone; make it again and give it "
+            "to interp.trace"
+        )
     cls = find_plugin(str(values.pop("name", "")), "interp.interventions")
     known = [f.name for f in fields(cls)]
     for field in values:

@@ -335,7 +335,8 @@ def test_compiled_denoisers_are_not_silently_empty():
     pipe.unet.compile(backend="eager")
     try:
         pipe(A, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
-        run = interp.trace(pipe, A, **arguments)
+        with pytest.warns(UserWarning, match="runs eagerly"):
+            run = interp.trace(pipe, A, **arguments)
     finally:
         torch._dynamo.reset()
     for grid in plain.grids:
