@@ -1,6 +1,6 @@
 """The catalogue of sites: every place of a pipeline where a tensor can be read or written."""
 
-from collections import OrderedDict
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,10 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import AttentionSite, Family, find_family
 from interp.patterns import REGEX, matching
+from interp.undressing import undressed
 
 ALIASES = {"pattern": "probs", "attn": "probs", "output": "out", "input": "in"}
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-_OTHERS = (*_HOOKS, "forward", "_compiled_call_impl")
 _DRY_RUNS: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
 QUANTITIES = ("in", "out", "q", "k", "v", "probs")
 
@@ -138,26 +137,13 @@ def _dry_run(family: Family, size: tuple[int, int]) -> tuple[dict[str, tuple[int
         if isinstance(out, torch.Tensor):
             shapes[f"{root}.{path}" if path else root] = tuple(int(n) for n in out.shape[1:])
 
-    handles = []
-    # nobody else's hook is to meet tensors without data, nor an offload's or nnsight's `forward`, nor compiled code
-    others = [(m, name, vars(m)[name]) for m in denoiser.modules() for name in _OTHERS if name in vars(m)]
-    try:
-        for module, name, _ in others:
-            if name in _HOOKS:
-                setattr(module, name, OrderedDict())
-            else:
-                del vars(module)[name]
+    with undressed(denoiser), ExitStack() as undo:
         for path, module in denoiser.named_modules():
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(lambda _, args, out, path=path: leave(path, out)))
+            undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(lambda _, args, out, path=path: leave(path, out)).remove)
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(str(denoiser.device)):
             inputs = family.dry_inputs(*size)
             leave("", denoiser.forward(*inputs.args, **inputs.kwargs))  # not its __call__, which a registry may hold
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, name, own in others:
-            vars(module)[name] = own
     return shapes, grids
 
 

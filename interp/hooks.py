@@ -162,9 +162,10 @@ class HookRegistry:
         self._clock = Clock(self.pipe.scheduler, self._end_step)
         self._undo.append(self._clock.close)
         self._undo.append(self._observer.close)
-        self._undo.append(run_eagerly(self.family.denoisers.values()))
-        for name, module in self.family.denoisers.items():  # what is called may be the compiled wrapper of the module
-            self._undo.append(override_call(getattr(self.pipe, name, module), self._denoise))
+        # what the pipeline calls may be a compiled wrapper of the module
+        called = [getattr(self.pipe, name, module) for name, module in self.family.denoisers.items()]
+        self._undo.append(run_eagerly(called))
+        self._undo += [override_call(module, self._denoise) for module in called]
         for site in {**self._readers, **self._writers}:
             self._hook_site(site)
         for site in self._attention:
@@ -229,9 +230,11 @@ class HookRegistry:
     def rehearse(self, inputs: DenoiserInputs) -> None:
         """Call the denoiser outside a sampling run, as for one sample of the branch with text: sites are met once."""
         self._call = DenoiserCall(inputs.args, inputs.kwargs, ("cond",), 0, 0.0, 0, 1, ("cond",))
+        token = _RUNNING.set({})
         try:
             torch.nn.Module.__call__(self.family.denoiser, *inputs.args, **inputs.kwargs)
         finally:
+            _RUNNING.reset(token)
             self._call = None
 
     def _end_step(self, end: StepEnd) -> None:
