@@ -61,6 +61,8 @@ def place(path: str, array: Array, rows: int) -> Placement:
     row = find_variable(path)
     storage: Storage = row.storage if row else "auto"
     nbytes = math.prod(array.sample_shape) * _itemsize(array.dtype)
+    if storage == "auto" and nbytes > 4096 and array.steps and array.steady:
+        return _steady(array)
     if storage == "auto":
         storage = "batch" if nbytes <= 4096 else "shard" if array.steps and nbytes > CHUNK_BYTES else "sample"
     rest = tuple(max(1, s) for s in array.sample_shape)
@@ -89,6 +91,17 @@ def _shard(array: Array) -> Placement:
     chunk = tuple(max(1, inner[d]) for d in array.dims)
     outer = tuple(-(-max(1, s) // c) * c for s, c in zip(array.shape, chunk, strict=True))
     return Placement((1, *outer[1:]), chunk, compress=True)
+
+
+def _steady(array: Array) -> Placement:
+    """One chunk a step and branch, as it is: equal ones are found and stored once, and lz4 gains little on floats."""
+    inner = dict(zip(array.dims, array.shape, strict=True)) | {"sample": 1, "step": 1, "branch": 1}
+    for dim in ("layer", "head", "channel", "position"):
+        if math.prod(inner.values()) * _itemsize(array.dtype) > CHUNK_BYTES and dim in inner:
+            inner[dim] = 1 if dim != "position" else _even(inner[dim], 1024)
+    chunk = tuple(max(1, inner.get(d, s)) for d, s in zip(array.dims, array.shape, strict=True))
+    outer = tuple(-(-max(1, s) // c) * c for s, c in zip(array.shape, chunk, strict=True))
+    return Placement((1, *outer[1:]), chunk)
 
 
 def _even(size: int, most: int) -> int:
@@ -150,7 +163,7 @@ def _codecs(dtype: str, compress: bool) -> list[dict[str, Any]]:
 def placement_of(metadata: dict[str, Any]) -> Placement:
     """Return the placement that an existing array's metadata describe."""
     outer = tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"])
-    codec = metadata["codecs"][0]
+    codec, codecs, inner = metadata["codecs"][0], metadata["codecs"], None
     if codec["name"] == "sharding_indexed":
-        return Placement(outer, tuple(codec["configuration"]["chunk_shape"]), True)
-    return Placement(outer, compress=any(c["name"] == "blosc" for c in metadata["codecs"]))
+        inner, codecs = tuple(codec["configuration"]["chunk_shape"]), codec["configuration"]["codecs"]
+    return Placement(outer, inner, any(c["name"] == "blosc" for c in codecs))

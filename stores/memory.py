@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
+from xarray.core.indexing import LazilyIndexedArray
 
 from interp.stores.chunks import fill_value
 from interp.stores.files import plain
 from interp.stores.growth import grown
+from interp.stores.repeats import Repeats
 from interp.stores.schema import Layout, TokenTable
 from interp.stores.skeleton import documents
 from interp.stores.writer import RunWriter
@@ -22,7 +24,12 @@ class MemoryWriter(RunWriter):
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout, np.zeros(len(layout), "int8"))
-        self._data = {name: _filled(array.shape, array.dtype) for name, array in self._arrays.items()}
+        self._data = {
+            name: _filled(array.shape, array.dtype) for name, array in self._arrays.items() if not array.steady
+        }
+        self._repeats = {
+            name: Repeats(array.shape, array.dtype) for name, array in self._arrays.items() if array.steady
+        }
         self._error = _filled((len(layout),), "str")
         self._documents = documents(layout)
 
@@ -40,23 +47,37 @@ class MemoryWriter(RunWriter):
         more = len(self.layout) - old
         for name, data in self._data.items():
             self._data[name] = np.concatenate([data, _filled((more, *data.shape[1:]), self._arrays[name].dtype)])
+        for repeats in self._repeats.values():
+            repeats.grow(more)
         self._error = np.concatenate([self._error, _filled((more,), "str")])
         self._status = np.concatenate([self._status, np.zeros(more, "int8")])
         return range(old, old + more)
 
     def _add(self, i: int, name: str, step: int, block: np.ndarray) -> None:
-        self._data[name][i, step] = block
+        if name in self._repeats:
+            self._repeats[name].write(i, step, block)
+        else:
+            self._data[name][i, step] = block
 
     def _put(self, i: int, name: str, value: np.ndarray) -> None:
-        self._data[name][i] = value
+        if name in self._repeats:
+            for step, block in enumerate(value):
+                self._repeats[name].write(i, step, block)
+        else:
+            self._data[name][i] = value
 
     def _discard(self, i: int) -> None:
         for name, data in self._data.items():
             data[i] = fill_value(self._arrays[name].dtype)
+        for repeats in self._repeats.values():
+            repeats.clear(i)
 
     def _finish(self, i: int, status: int, error: str) -> None:
         self._error[i] = error
         self._status[i] = status
+
+    def _values(self, name: str) -> Any:
+        return LazilyIndexedArray(self._repeats[name]) if name in self._repeats else _text(self._data[name])
 
     def _attrs(self, name: str) -> dict[str, Any]:
         attrs = dict(self._documents[name]["attributes"])
@@ -72,7 +93,7 @@ class MemoryWriter(RunWriter):
         parts = {"/": xr.Dataset(variables, index, self._attrs(""))}
         for group_name, group in layout.groups.items():
             arrays = {
-                name: (array.dims, _text(self._data[f"{group_name}/{name}"]), plain(array.attrs))
+                name: (array.dims, self._values(f"{group_name}/{name}"), plain(array.attrs))
                 for name, array in group.arrays.items()
             }
             coords = {

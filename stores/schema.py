@@ -23,6 +23,8 @@ class Array:
     attrs: dict[str, Any] = field(default_factory=dict)
     optional: bool = False
     """A sample may be committed without it; what was not written reads as NaN (floats) or 0."""
+    steady: bool = False
+    """Often equal at many steps: every step is a chunk of its own, and equal chunks of a sample are stored once."""
 
     def __post_init__(self) -> None:
         if len(self.dims) != len(self.shape):
@@ -308,5 +310,5 @@ def site_group(
         coords["position"] = cells
     group = _build("sites/site", {}, {}, coords, attrs, tokens)
     full = ("sample", "step", "branch", *dims)
-    group.arrays["value"] = Array(full, (n, len(steps), len(branches), *shape), dtype)
+    group.arrays["value"] = Array(full, (n, len(steps), len(branches), *shape), dtype, steady=True)
     return group

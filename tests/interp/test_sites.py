@@ -203,3 +203,36 @@ def test_old_specs_stay_the_same():
         "dtype",
     ]  # fmt: skip
     assert interp.Capture(region=(0, 0, 1, 0.5)).spec()["region"] == [0, 0, 1, 0.5]
+
+
+def stored(path, site):
+    """Bytes on disk of a site's values."""
+    return sum(f.stat().st_size for f in (path / "sites" / site / "value" / "c").rglob("*") if f.is_file())
+
+
+def test_what_does_not_change_is_stored_once(tmp_path):
+    """Keys of the text are equal at all steps, until an intervention changes the text: found, not assumed."""
+    pipe, paths = tiny("sd1"), {}
+    site, other = f"{CROSS}:k", f"{CROSS}:q"
+    window = [interp.ReplacePrompt(B, start=2, stop=4, unit="step")]
+    conditions = {"once": [], "windowed": window}
+    capture = interp.Capture(**BARE, sites=(site, other))
+    settings = {**SETTINGS, "steps": 6, "seeds": 0, "capture": capture}
+    for name, changes in conditions.items():
+        paths[name] = tmp_path / f"{name}.zarr"
+        run = interp.trace(pipe, A, interventions=changes, store=paths[name], **settings)
+        kept = interp.trace(pipe, A, interventions=changes, **settings)
+        keys = run.site(site).isel(sample=0, branch=0).values
+        assert keys.shape[0] == 6
+        changed = [not np.array_equal(keys[i], keys[0]) for i in range(6)]
+        assert changed == [False, False, *[name == "windowed"] * 2, False, False]
+        np.testing.assert_array_equal(kept.site(site).values, run.site(site).values)
+        np.testing.assert_array_equal(
+            kept.site(site).isel(step=[5, 2], feature=3).values, run.site(site).isel(step=[5, 2], feature=3)
+        )
+        np.testing.assert_array_equal(kept.site(site)[0, 3:, 0, 1].values, run.site(site)[0, 3:, 0, 1].values)
+        one = keys[0].nbytes
+        versions = 2 if name == "windowed" else 1
+        assert versions * one <= stored(paths[name], site) < versions * one + 1000
+        assert 6 * one <= stored(paths[name], other)  # queries do change
+        assert interp.stores.verify(run) == []
