@@ -57,7 +57,8 @@ class Capture:
     Traceback (most recent call last):
         ...
     interp.stores.errors.InterpError: Capture has no field 'head'; did you mean 'heads'? It has: attention, heads, \
-tokens, branches, steps, latents, noise_pred, sites, text, image, reduce, dtype, region
+tokens, branches, steps, latents, noise_pred, sites, text, image, reduce, dtype, region, \
+budget
     """
 
     attention: str | tuple[str, ...] | None = "cross"
@@ -73,6 +74,7 @@ tokens, branches, steps, latents, noise_pred, sites, text, image, reduce, dtype,
     reduce: Mapping[str, Reducer | tuple[str, Reducer]] = field(default_factory=dict)
     dtype: Literal["float16", "float32"] = "float16"
     region: Region | None = None
+    budget: str | float | None = None
 
     def __init__(self, **values: Any) -> None:
         names = [f.name for f in fields(type(self))]
@@ -118,6 +120,7 @@ tokens, branches, steps, latents, noise_pred, sites, text, image, reduce, dtype,
     def spec(self) -> dict[str, Any]:
         """Return the fields as JSON-able values."""
         names = [f.name for f in fields(self) if f.name in _ALWAYS_IN_SPEC or not self._is_default(f.name)]
+        names = [name for name in names if name != "budget"]
         values = {name: getattr(self, name) for name in names}
         values["reduce"] = {name: [glob, _qualified(fn)] for name, (glob, fn) in self.reducers.items()}
         if isinstance(self.steps, slice):
@@ -136,6 +139,10 @@ tokens, branches, steps, latents, noise_pred, sites, text, image, reduce, dtype,
         if isinstance(values.get("steps"), Mapping):
             values["steps"] = slice(*values["steps"]["slice"])
         return cls(**values)
+
+    def changed(self, **changes: Any) -> "Capture":
+        """Return the capture with some fields changed."""
+        return type(self)(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
 
     @property
     def reducers(self) -> dict[str, tuple[str, Reducer]]:

@@ -38,6 +38,11 @@ class SiteCapture:
         return self.site.rpartition(":")[2]
 
     @property
+    def of_text(self) -> bool:
+        """Whether it is made from the text alone: keys and values of cross-attention."""
+        return "token" in self.dims
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """The sites that are read for it."""
         path = self.site.rpartition(":")[0]

@@ -10,16 +10,18 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from interp.budget import check_budget, size
 from interp.capture import Capture
 from interp.captured import ReduceCapture, SiteCapture, captured_attention, captured_reductions, captured_sites
 from interp.clock import Timeline, timeline
+from interp.costs import planned_bytes
 from interp.errors import InterpError, nearest
 from interp.families import AttentionSite, Family, find_family
 from interp.interventions import Intervention, check_all
 from interp.layouts import run_attrs, run_groups
 from interp.loading import origin
 from interp.prompts import PromptTable, prompt_table
-from interp.stores import Array, Layout
+from interp.stores import Layout
 from interp.token_choice import choose_tokens
 from interp.tokens import Tokens, TokenSelection, select_tokens, tokenize
 
@@ -56,15 +58,21 @@ class Plan:
         return len(self.layout)
 
     @property
+    def bytes_by_array(self) -> dict[str, int]:
+        """Bytes of each array's files, before compression; metadata under `""`."""
+        kept = self.capture.chosen_steps(len(self.timeline))
+        return planned_bytes(self.layout, self.sites, self.conditions, self.timeline, kept, self.capture.branches)
+
+    @property
     def bytes(self) -> int:
-        """Uncompressed size of all arrays; on disk attention shrinks to about 0.7 of it."""
-        return sum(int(np.prod(a.shape)) * _itemsize(a) for a in self.layout.arrays.values())
+        """Bytes of the store's files, all samples, before compression: attention alone is compressed, to 0.5–0.9."""
+        return sum(self.bytes_by_array.values())
 
     @property
     def memory(self) -> int:
         """Bytes of captured tensors held at once by the largest batch: q and k of one step, and its reduced maps."""
         per_step = sum(
-            int(np.prod(a.shape)) * _itemsize(a) // (len(self) * (a.steps or 1))
+            int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize // (len(self) * (a.steps or 1))
             for name, a in self.layout.arrays.items()
             if not name.startswith("images")
         )
@@ -77,7 +85,8 @@ class Plan:
         return self.prompts.rows([self.layout.samples["prompt_id"][i] for i in samples])
 
     def __str__(self) -> str:
-        per = self.bytes / max(1, len(self))
+        total = self.bytes
+        per = total / max(1, len(self))
         seeds = len(self) // (len(self.prompts) * len(self.conditions))
         return "\n".join(
             [
@@ -85,7 +94,7 @@ class Plan:
                 f"in {len(self.batches)} batches of up to {max(map(len, self.batches))}",
                 f"{self.width}×{self.height} pixels, {self.steps} steps, guidance {self.guidance_scale:g}: "
                 f"{self.forward_passes:,} forward passes (one sample, one branch each)",
-                f"{size(self.bytes)} before compression ({size(per)} a sample), about {size(self.memory)} of captured "
+                f"{size(total)} before compression ({size(per)} a sample), about {size(self.memory)} of captured "
                 "tensors in memory at once",
                 *(f"  {name}: {' × '.join(f'{d} {n}' for d, n in zip(a.dims, a.shape, strict=True))} {a.dtype}"
                   for name, a in self.layout.arrays.items()),
@@ -93,23 +102,6 @@ class Plan:
         )  # fmt: skip
 
     __repr__ = __str__
-
-
-def size(count: float) -> str:
-    """Write a number of bytes for people.
-
-    >>> size(1536)
-    '1.5 kB'
-    """
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1024 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
-
-
-def _itemsize(array: Array) -> int:
-    return 16 if array.dtype == "str" else np.dtype(array.dtype).itemsize
 
 
 def plan(
@@ -196,10 +188,19 @@ def assemble(
     )
     guided = family.guided(guidance)
     passes = {name: _passes(changes, times, guided) for name, changes in conditions.items()}
-    return Plan(
+    made = Plan(
         layout, batches, capture, conditions, table, times, steps, guidance, height, width, attention, sites, reductions,
         tokens, selection, sum(passes[name] for name in samples["condition"]), dict(options or {}),
     )  # fmt: skip
+
+    def again(other: Capture) -> Plan:
+        return assemble(
+            pipe, capture=other, table=table, samples=samples, batches=batches, conditions=conditions, steps=steps,
+            guidance=guidance, height=height, width=width, options=options, columns=columns,
+        )  # fmt: skip
+
+    check_budget(made, again)
+    return made
 
 
 def default_guidance(pipe: Any) -> float:
