@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Chosen from a grid (docs/scenes.md): more steps or more guidance change the judge's figures by less than a percent.
-DEFAULT_STEPS = 25
+DEFAULT_STEPS = 20
 DEFAULT_GUIDANCE = 5.0
 
 _HOME = {

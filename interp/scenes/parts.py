@@ -120,7 +120,6 @@ def build_scheduler() -> Any:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-        timestep_spacing="trailing",  # start where training ends: else bright backgrounds come out gray
     )
 
 

@@ -225,10 +225,11 @@ def main(given: list[str] | None = None) -> None:
         started = time.monotonic()
         tables[MEASURES[name]] = getattr(bench, name)()
         sys.stderr.write(f"{name}: {time.monotonic() - started:.0f} s\n")
-    sys.stdout.write(markdown(tables))
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(json.dumps({"settings": about, **tables}, indent=1) + "\n")
+        sys.stdout.write(markdown({MEASURES[name]: tables[MEASURES[name]]}))
+        sys.stdout.flush()
+        if asked.out:  # after each measure: a run that is cut off has said what it knew
+            asked.out.parent.mkdir(parents=True, exist_ok=True)
+            asked.out.write_text(json.dumps({"settings": about, **tables}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

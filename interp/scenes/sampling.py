@@ -56,7 +56,6 @@ class Generator:
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
         self.alphas, self.final = scheduler.alphas_cumprod.tolist(), float(scheduler.final_alpha_cumprod)
-        self.spacing = scheduler.config.timestep_spacing
         self.side = self.unet.config.sample_size
 
     @torch.no_grad()
@@ -90,17 +89,10 @@ class Generator:
             parts.append(images.float().clamp(-1, 1).cpu())
         return torch.cat(parts)
 
-    def times(self, steps: int) -> list[int]:
-        """Return the training times that `steps` sampling steps visit, noisiest first."""
-        if self.spacing == "leading":
-            stride = len(self.alphas) // steps
-            return list(range((steps - 1) * stride + 1, 0, -stride))
-        return [round(len(self.alphas) * (1 - i / steps)) - 1 for i in range(steps)]
-
     def _denoise(self, x: Tensor, embedding: Tensor, steps: int, guidance: float, uses: Uses) -> Tensor:
         empty = self.read([""]).embedding.expand(len(x), -1, -1)
         stride = len(self.alphas) // steps
-        for i, time in enumerate(self.times(steps)):
+        for i, time in enumerate(range((steps - 1) * stride + 1, 0, -stride)):
             at = torch.tensor(time, device=self.device)
             if uses(i / steps):
                 both = self.unet(torch.cat([x, x]), at, torch.cat([empty, embedding])).sample.float()
