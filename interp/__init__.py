@@ -16,6 +16,7 @@ _HOME = {
     "Plan": "interp.planning",
     "trace": "interp.tracing",
     "record": "interp.recording",
+    "encode_image": "interp.encoding",
     "nnsight": "interp.envoy",
     "Capture": "interp.capture",
     "HookRegistry": "interp.hooks",
@@ -48,6 +49,7 @@ __all__ = [
     "ReplacePrompt",
     "Run",
     "__version__",
+    "encode_image",
     "load",
     "nnsight",
     "open_run",
@@ -61,6 +63,7 @@ __all__ = [
 if TYPE_CHECKING:
     from interp.capture import Capture as Capture
     from interp.catalog import sites as sites
+    from interp.encoding import encode_image as encode_image
     from interp.envoy import nnsight as nnsight
     from interp.errors import InterpError as InterpError
     from interp.hooks import At as At
