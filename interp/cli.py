@@ -97,15 +97,38 @@ def trace(
 def score(
     run: RunPath,
     metric: Annotated[
-        list[str] | None, typer.Option(help="clip, judge, or one with a column: clip:target (repeatable).")
+        list[str] | None,
+        typer.Option(
+            "--metric", "-m", help="clip, judge, one with a column (clip:target), or x0: decoded per step (repeatable)."
+        ),
     ] = None,
     clip_model: Annotated[str | None, typer.Option(help="Hub id of the CLIP for models other than scenes.")] = None,
+    model: Annotated[str | None, typer.Option(help="For x0: the model that decodes; default is the run's own.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="For x0: which steps, e.g. '0:50:5' or 0.2 for a fifth; default is all.")
+    ] = None,
 ) -> None:
-    """Score a run's pictures against its texts and write the result into it."""
+    """Score a run's pictures against its texts and write the result into it; -m x0 decodes x̂0 at each step."""
     from interp.scoring import score as score_run
 
-    scores = score_run(run, metric or ("clip", "judge"), clip_model=clip_model).scores
-    print(scores.to_pandas().to_string(float_format="%.3f"))
+    metrics = metric or ["clip", "judge"]
+    scored = score_run(run, metrics, clip_model=clip_model, pipe=model, steps=_steps(steps))
+    if set(metrics) != {"x0"}:
+        print(scored.scores.to_pandas().to_string(float_format="%.3f"))
+    if "x0" in metrics:
+        print(f"x0: {' × '.join(f'{d} {n}' for d, n in scored.x0.sizes.items())}")
+
+
+def _steps(text: str | None) -> Any:
+    """Read `0:50:5` as a slice, `0.2` as a share, `0,5,7` as a list."""
+    if text is None:
+        return None
+    try:
+        if ":" in text:
+            return slice(*(int(part) if part else None for part in text.split(":")))
+        return float(text) if "." in text else [int(part) for part in text.split(",")]
+    except (ValueError, TypeError):
+        raise InterpError(f"--steps {text!r}: write '0:50:5', '0,10,20' or a share such as 0.2") from None
 
 
 @app.command()

@@ -12,21 +12,30 @@ from interp.stores import Run, open_run
 Metric = Callable[[np.ndarray, list[str]], np.ndarray]
 """(images uint8 (sample, height, width, rgb), texts) → one number a sample."""
 
+X0 = "x0"
 CLIP_MODEL = "openai/clip-vit-base-patch32"
 
 
 def score(
-    run: Run | str | PathLike[str], metrics: Sequence[str] = ("clip", "judge"), *, clip_model: str | None = None
+    run: Run | str | PathLike[str],
+    metrics: Sequence[str] = ("clip", "judge"),
+    *,
+    clip_model: str | None = None,
+    pipe: Any = None,
+    steps: Any = None,
 ) -> Run:
-    """Score the pictures of a run against its texts and write `/scores (sample, metric)`.
+    """Score the pictures of a run against its texts and write `/scores (sample, metric)`; or decode x̂0.
 
     Args:
         run: A run or its path.
         metrics: `clip` (cosine of picture and text in CLIP) and `judge` (share of the attributes that the text names
             and the attribute judge of `scenes` sees; for runs of `scenes`). A metric alone scores the prompt, and
-            the column `target` if there is one; `clip:target` scores against one column.
+            the column `target` if there is one; `clip:target` scores against one column. `x0` is no number: it decodes
+            what the model predicted the clean picture to be, at each step, into the node `x0` (`run.x0`).
         clip_model: Hub id of the CLIP; default is the one `scenes` was trained with for its runs, else
             openai/clip-vit-base-patch32.
+        pipe: For `x0`: the pipeline whose autoencoder decodes; default is the run's own, loaded again.
+        steps: For `x0`: which steps, as `Capture.steps` (a slice, a list, a share); default is all.
 
     Returns:
         The run, with its scores; metric names are `<metric>:<column>`.
@@ -40,6 +49,15 @@ def score(
     ['clip:prompt']
     """
     run = run if isinstance(run, Run) else open_run(run)
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    if X0 in metrics:
+        from interp.x0 import write_x0
+
+        write_x0(run, pipe, steps)
+        metrics = [m for m in metrics if m != X0]
+        run = run if run.path is None else open_run(run.path)
+        if not metrics:
+            return run
     done = np.flatnonzero(run.samples["status"].to_numpy() == 1)
     wanted = _expand(run, metrics)
     if not len(done):
@@ -58,7 +76,7 @@ def score(
 
 def _expand(run: Run, metrics: Sequence[str]) -> list[tuple[str, str]]:
     columns = [c for c in run.samples.columns if run.samples[c].map(lambda v: isinstance(v, str)).all()]
-    known = ("clip", "judge")
+    known = ("clip", "judge", X0)
     found = []
     for metric in metrics:
         name, _, column = metric.partition(":")

@@ -69,7 +69,7 @@ def place(path: str, array: Array, rows: int) -> Placement:
     if storage == "batch":
         return Placement((rows, *rest))
     if storage == "shard":
-        return _shard(array)
+        return _steady(array) if array.steady else _shard(array)
     return Placement((1, *rest))
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from interp.stores.added import add_group
 from interp.stores.describe import describe
 from interp.stores.errors import StoreError, nearest
 from interp.stores.identity import check_format, identify
+from interp.stores.schema import Group
 from interp.stores.scores import write_scores
 from interp.stores.select import positions, unstack
 from interp.stores.table import DONE, TOKEN_FILL
@@ -117,6 +119,13 @@ class Run:
         `run.done`.
         """
         return self._array("images", "image")
+
+    @property
+    def x0(self) -> xr.DataArray:
+        """x̂0 decoded at each step (sample, step, height, width, rgb) uint8, once `interp score RUN -m x0` wrote it."""
+        if "x0" not in self.tree.children:
+            raise StoreError("x0 was asked for, but this run has none; run `interp score RUN --metric x0` first")
+        return self._labelled(self.tree.children["x0"].data_vars["image"])
 
     @property
     def scores(self) -> xr.DataArray:
@@ -229,6 +238,14 @@ class Run:
         were.
         """
         self.tree = write_scores(self.tree, self.path, self._rows, metrics)
+
+    def write_group(self, name: str, group: Group, blocks: Iterable[tuple[int, dict[str, np.ndarray]]]) -> None:
+        """Write a group of arrays (sample, …), a sample at a time: (position in this run, values by variable).
+
+        On disk a reader sees all of it or nothing; a group of that name is replaced, and samples without values hold
+        fill values. Open the run again to see it.
+        """
+        add_group(self.tree, self.path, self._rows, name, group, blocks)
 
     def probe(self, probe: Any, /, **params: Any) -> xr.Dataset:
         """Ask a question of this run: the name of a probe, a file (`my_probe.py`), or `my_probe.py:name`."""

@@ -285,6 +285,24 @@ def images_group(n: int, height: int, width: int, *, attrs: Mapping[str, Any] | 
     return _build("images", sizes, {"image": None, "thumb": None}, {}, attrs)
 
 
+def x0_group(
+    n: int,
+    *,
+    height: int,
+    width: int,
+    steps: Sequence[int] | np.ndarray,
+    timestep: Sequence[float] | np.ndarray,
+    sigma: Sequence[float] | np.ndarray | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> Group:
+    """Describe `x0`: image (sample, step, height, width, rgb), the decoded prediction of the clean image."""
+    row = node_rows("x0")["image"]
+    group = _build("x0", {}, {}, {"step": steps, "timestep": timestep, "sigma": sigma}, attrs)
+    shape = (n, len(steps), height, width, 3)
+    group.arrays["image"] = Array(row.dims, shape, row.dtype, _described(row.meaning, row.units), steady=True)
+    return group
+
+
 def site_group(
     n: int,
     *,
