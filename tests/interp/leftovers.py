@@ -49,8 +49,8 @@ def untouched(pipe: Any):
         yield
     finally:
         after = fingerprint(pipe)
-        # a scheduler's subclass that came to be meanwhile leaves the others alone
-        keys = [k for k in {**before, **after} if k in before or not k.startswith("class ")]
+        # a scheduler's subclass that came or went meanwhile leaves the others alone
+        keys = [k for k in {**before, **after} if (k in before and k in after) or not k.startswith("class ")]
         changed = [k for k in keys if before.get(k) != after.get(k)]
         assert not changed, f"left behind: {changed[:5]}"
         assert F.scaled_dot_product_attention is _GLOBALS["sdpa"]
