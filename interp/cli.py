@@ -1,4 +1,4 @@
-"""The command line: `interp demo · trace · score · probe · probes · sites · info · verify`.
+"""The command line: `interp demo · trace · run · score · probe · probes · sites · info · verify`.
 
 Exit codes: 0 done, 1 some samples failed, 2 the user's mistake (one sentence, no traceback).
 """
@@ -13,6 +13,7 @@ import typer
 import yaml
 
 from interp.errors import InterpError
+from interp.job_commands import add_commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -193,27 +194,7 @@ def sites(
     print(interp.sites(model, match))
 
 
-@app.command()
-def info(run: RunPath) -> None:
-    """Say what a run holds: samples, conditions, arrays, how it was made."""
-    from interp.stores import open_run
-
-    opened = open_run(run)
-    print(opened.summary())
-    raise typer.Exit(1 if (opened.samples["status"] == 2).any() else 0)
-
-
-@app.command()
-def verify(run: RunPath) -> None:
-    """Read every finished sample of a run and check shapes, checksums and finiteness."""
-    from interp.stores import open_run
-    from interp.stores import verify as verify_run
-
-    problems = verify_run(open_run(run))
-    for problem in problems:
-        print(problem)
-    print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'} found", file=sys.stderr)
-    raise typer.Exit(1 if problems else 0)
+add_commands(app)
 
 
 def _long_table(result: Any) -> Any:
@@ -262,14 +243,12 @@ def _conditions(texts: list[str]) -> dict[str, list[Any]]:
 
 
 def _seeds(text: str) -> list[int]:
+    from interp.jobs.spec import parse_seeds
+
     try:
-        found: list[int] = []
-        for part in text.split(","):
-            first, dash, last = part.strip().partition("-")
-            found += range(int(first), int(last) + 1) if dash else [int(first)]
-        return found
-    except ValueError:
-        raise InterpError(f"cannot read the seeds {text!r}: write '0', '0,1,7' or '0-3'") from None
+        return parse_seeds(text)
+    except ValueError as error:
+        raise InterpError(str(error)) from None
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:

@@ -1,6 +1,6 @@
 """The recorder: what passes by in one batch becomes samples of a run store."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,10 +37,13 @@ class Recorder:
         writer: RunWriter,
         plan: Plan,
         samples: Sequence[int],
-        waiting: Sequence[int] | None = None,
+        waiting: Collection[int] | None = None,
+        places: Sequence[int] | None = None,
     ) -> None:
         self.hooks, self.writer, self.plan, self.samples = hooks, writer, plan, list(samples)
         self.waiting = set(samples if waiting is None else waiting)  # the others are done: computed, not written
+        # a row whose place belongs to another sample only fills the batch, and is not written
+        self._written = [(row, i) for row, i in enumerate(places or samples) if i in self.waiting]
         capture, columns = plan.capture, plan.selection
         pads = None if columns.pads is None else columns.pads[self.samples]
         selection = TokenSelection(columns.positions[self.samples], pads, columns.table)
@@ -192,9 +195,8 @@ class Recorder:
 
     def _append(self, arrays: dict[str, np.ndarray]) -> None:
         for name, values in arrays.items():
-            for i, value in zip(self.samples, values, strict=True):
-                if i in self.waiting:
-                    self.writer.append(i, name, value)
+            for row, i in self._written:
+                self.writer.append(i, name, values[row])
 
     # The end
 
@@ -217,9 +219,7 @@ class Recorder:
         passes = np.array([self._passes[b] for b in BRANCHES])
         encoder = next(iter(self.hooks.family.text_encoders))
         text = {b: t.float().cpu() for b, t in self._text.items()}
-        for row, i in enumerate(self.samples):
-            if i not in self.waiting:
-                continue
+        for row, i in self._written:
             self.writer.put(i, "trajectory/final_latents", final[row])
             self.writer.put(i, "trajectory/nfe", passes)
             if text:

@@ -1,7 +1,7 @@
 """`interp.trace`: run a pipeline over prompts × seeds × conditions and record it."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal
@@ -115,11 +115,19 @@ def _run_all(pipe: Any, planned: Plan, writer: RunWriter, progress: bool | Calla
         pipe.set_progress_bar_config(**quiet)
 
 
-def run_batch(pipe: Any, planned: Plan, writer: RunWriter, batch: list[int], waiting: list[int]) -> None:
+def run_batch(
+    pipe: Any,
+    planned: Plan,
+    writer: RunWriter,
+    batch: list[int],
+    waiting: Collection[int],
+    places: Sequence[int] | None = None,
+) -> None:
     """Run one batch of the plan and write the samples that are waiting.
 
     The whole batch is computed even if some of it is done: a sample's rounding depends on its batch, and a run must
-    be bit-equal however often it was interrupted.
+    be bit-equal however often it was interrupted. Where `places[k]` is another sample than `batch[k]`, the latter
+    stands in for it, so that the batch keeps its size without a sample that fails.
     """
     columns = planned.layout.samples
     changes = planned.conditions[columns["condition"][batch[0]]]
@@ -128,7 +136,7 @@ def run_batch(pipe: Any, planned: Plan, writer: RunWriter, batch: list[int], wai
             planned.rows(batch), [planned.tokens[i] for i in batch], planned.timeline, planned.guidance_scale
         )
         attach_all(changes, hooks, context)
-        recorder = Recorder(hooks, writer, planned, batch, waiting)
+        recorder = Recorder(hooks, writer, planned, batch, waiting, places)
         recorder.begin()
         output = pipe(**call_arguments(pipe, planned, batch))
         recorder.finish(pictures(output) if planned.capture.image else None)

@@ -31,6 +31,7 @@ class Background:
         self._bytes = 0
         self._busy = False
         self._closing = False
+        self._dropping = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="interp-store-writer", daemon=True)
@@ -66,11 +67,21 @@ class Background:
         with self._changed:
             return self._jobs[0].label if self._jobs else None
 
-    def close(self) -> None:
-        """Finish what is queued and end the thread; a job's error is left for `check`."""
+    @property
+    def failed(self) -> bool:
+        """Whether a job has raised."""
+        return self._error is not None
+
+    def close(self, patience: float | None = None) -> None:
+        """Finish what is queued and end the thread; a job's error is left for `check`.
+
+        After `patience` seconds the jobs that have not begun are dropped.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+        self._thread.join(patience)
+        self._dropping = True
         self._thread.join()
 
     def _work(self) -> None:
@@ -83,7 +94,7 @@ class Background:
                 self._busy = True
             nbytes = job.nbytes
             try:
-                if self._error is None:
+                if self._error is None and not self._dropping:
                     job.do()
             except BaseException as error:  # kept, and raised in the caller's thread
                 self._error = error

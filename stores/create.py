@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from interp.stores.files import plain
 from interp.stores.growth import stored_layout
 from interp.stores.identity import identify
 from interp.stores.layout_check import checked
+from interp.stores.lock import RunLock
 from interp.stores.memory import MemoryWriter
 from interp.stores.schema import Layout
 from interp.stores.skeleton import VOLATILE, build, fingerprint, nodes, read_table
@@ -26,6 +28,7 @@ def create_run(
     *,
     queue_bytes: int = QUEUE_BYTES,
     clean: bool = True,
+    locked: bool = False,
 ) -> RunWriter:
     """Create a run at `path` and return its writer; None keeps it in memory.
 
@@ -35,6 +38,9 @@ def create_run(
     `path`
     raises StoreError and is left alone. At most `queue_bytes` wait to be written. `clean=False` leaves the
     unfinished files of other writers alone: for workers, after one process has created the run.
+
+    The writer has the run for itself until it is closed: a second one, in this process or another, is refused.
+    Workers have no such lock, nor has a writer whose caller holds the `RunLock` (`locked=True`).
 
     >>> from interp.stores import Layout, create_run, images_group
     >>> layout = Layout({"prompt": ["a red circle"], "seed": [0]}, {"images": images_group(1, 8, 8)})
@@ -49,10 +55,16 @@ def create_run(
     if path is None:
         return MemoryWriter(layout)
     path = Path(path).absolute()
-    free = not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
-    if free and build(path, layout):
-        return DiskWriter(path, layout, queue_bytes=queue_bytes, clean=False)
-    return DiskWriter(path, resumable(path, layout), queue_bytes=queue_bytes, clean=clean)
+    lock = None if locked or not clean else RunLock(path)
+    try:
+        free = not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
+        if free and build(path, layout):
+            return DiskWriter(path, layout, queue_bytes=queue_bytes, clean=False, lock=lock)
+        return DiskWriter(path, resumable(path, layout), queue_bytes=queue_bytes, clean=clean, lock=lock)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
 
 
 def resumable(path: Path, layout: Layout) -> Layout:
@@ -80,12 +92,7 @@ def _differences(
     path: Path, listed: dict[str, Any], there: dict[str, Any], asked: dict[str, Any], layout: Layout
 ) -> list[str]:
     """Name each part of the plan in which the stored run and the layout differ."""
-    keys = sorted(({*there} | {*asked}) - {*VOLATILE})
-    found = [
-        f"{key} {_short(there.get(key))} there, {_short(asked.get(key))} asked"
-        for key in keys
-        if there.get(key) != asked.get(key)
-    ]
+    found = attr_differences(there, asked)
     n, wanted = listed["sample"]["shape"][0], len(layout)
     if n < wanted:
         found.append(f"{n} samples there, {wanted} asked")
@@ -98,6 +105,16 @@ def _differences(
             row = next(i for i, (a, b) in enumerate(zip(stored, values, strict=False)) if a != b)
             found.append(f"{name} of sample {row} {_short(stored[row])} there, {_short(values[row])} asked")
     return found
+
+
+def attr_differences(there: dict[str, Any], asked: dict[str, Any], leave_out: Collection[str] = ()) -> list[str]:
+    """Name each root attribute in which two runs differ, those aside that may (versions, the date)."""
+    keys = sorted(({*there} | {*asked}) - {*VOLATILE, *leave_out})
+    return [
+        f"{key} {_short(there.get(key))} there, {_short(asked.get(key))} asked"
+        for key in keys
+        if there.get(key) != asked.get(key)
+    ]
 
 
 def _shapes(listed: dict[str, Any], layout: Layout) -> list[str]:

@@ -1,8 +1,7 @@
 """Write a run to a folder: steps are buffered to whole chunks, encoded and written in the background."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from interp.stores.background import Background
-from interp.stores.chunks import Placement, fill_value, placement_of
-from interp.stores.codec import ChecksumError, decode, encode
-from interp.stores.errors import StoreError
+from interp.stores.chunks import placement_of
+from interp.stores.codec import encode
 from interp.stores.files import PARTIAL, sweep, write_file
 from interp.stores.growth import grow_files
 from interp.stores.identity import read_root
+from interp.stores.lock import RunLock
 from interp.stores.schema import Layout, TokenTable
 from interp.stores.shards import ShardFile
 from interp.stores.skeleton import chunk_file
+from interp.stores.status import naming, read_status, write_rows
 from interp.stores.writer import RunWriter
 
 if TYPE_CHECKING:
@@ -36,8 +36,17 @@ class DiskWriter(RunWriter):
 
     path: Path
 
-    def __init__(self, path: Path, layout: Layout, *, queue_bytes: int = QUEUE_BYTES, clean: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        *,
+        queue_bytes: int = QUEUE_BYTES,
+        clean: bool = True,
+        lock: RunLock | None = None,
+    ) -> None:
         self.path = path
+        self._lock = lock
         listed = read_root(path)["consolidated_metadata"]["metadata"]
         self._metadata = {name: listed[name] for name in ("status", "error", *layout.arrays)}
         self._places = {name: placement_of(found) for name, found in self._metadata.items()}
@@ -61,18 +70,30 @@ class DiskWriter(RunWriter):
         self._background.drain()
 
     def close(self) -> None:  # noqa: D102
+        self._end(None)
+        self._background.check()
+
+    def abandon(self) -> None:  # noqa: D102
+        self._end(1.0)
+
+    @property
+    def broken(self) -> bool:  # noqa: D102
+        return self._background.failed
+
+    def _end(self, patience: float | None) -> None:
         if self._closed:
             return
         self._closed = True
         for i in list(self._progress):
             self._forget(i)
         self._progress.clear()
-        self._background.close()
+        self._background.close(patience)
         for shard in self._shards.values():
             shard.abandon()
         self._shards.clear()
         self._spare.clear()
-        self._background.check()
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def run(self) -> "Run":
@@ -83,11 +104,16 @@ class DiskWriter(RunWriter):
             self.drain()
         return open_run(self.path)
 
-    def grow(self, samples: Mapping[str, Any], tokens: Mapping[str, TokenTable] | None = None) -> range:  # noqa: D102
+    def grow(  # noqa: D102
+        self,
+        samples: Mapping[str, Any],
+        tokens: Mapping[str, TokenTable] | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> range:
         self.drain()
         old = len(self)
-        with _naming(self.path):
-            self.layout = grow_files(self.path, self.layout, samples, tokens or {})
+        with naming(self.path):
+            self.layout = grow_files(self.path, self.layout, samples, tokens or {}, attrs or {})
         listed = read_root(self.path)["consolidated_metadata"]["metadata"]
         self._metadata = {name: listed[name] for name in self._metadata}
         self._arrays = self.layout.arrays
@@ -158,7 +184,7 @@ class DiskWriter(RunWriter):
     # What follows runs in the background thread.
 
     def _write_steps(self, i: int, name: str, start: int, block: np.ndarray) -> None:
-        with _naming(self._target(i, name)):
+        with naming(self._target(i, name)):
             shard = self._shards.get((i, name))
             if shard is None:
                 shard = ShardFile(self._partial(name, i), self._target(i, name), self._places[name])
@@ -169,7 +195,7 @@ class DiskWriter(RunWriter):
 
     def _write_sample(self, i: int, name: str, block: np.ndarray) -> None:
         target = self._target(i, name)
-        with _naming(target):
+        with naming(target):
             place = self._places[name]
             data = encode(block.reshape(place.outer), compress=place.compress)
             write_file(self._partial(name, i), target, data)
@@ -177,7 +203,7 @@ class DiskWriter(RunWriter):
     def _settle(self, i: int, status: int, rows: dict[str, np.ndarray]) -> None:
         """Make a sample's shards durable; its rows and status go with those of the next samples in line."""
         for name in [name for j, name in self._shards if j == i]:
-            with _naming(self._target(i, name)):
+            with naming(self._target(i, name)):
                 self._shards.pop((i, name)).finish()
         self._settled[i] = (status, rows)
         if self._background.next_label() == "settle" and len(self._settled) < 64:
@@ -191,18 +217,7 @@ class DiskWriter(RunWriter):
             self._status[j] = value
 
     def _write_rows(self, name: str, rows: dict[int, np.ndarray]) -> None:
-        """Replace rows of a chunk that samples share: read it, change it, swap the file."""
-        place, metadata = self._places[name], self._metadata[name]
-        dtype = "str" if metadata["data_type"] == "string" else metadata["data_type"]
-        for number in sorted({j // place.outer[0] for j in rows}):
-            target = chunk_file(self.path / name, number, len(place.outer))
-            with _naming(target):
-                chunk = _read_chunk(target, dtype, place)
-                for j, row in rows.items():
-                    if j // place.outer[0] == number:
-                        chunk[j % place.outer[0]] = row if row.ndim else row[()]
-                data = encode(chunk, compress=place.compress)
-                write_file(self._partial(name, number), target, data)
+        write_rows(self.path, name, self._metadata[name], rows)
 
     def _clear(self, i: int) -> None:
         self._settled.pop(i, None)
@@ -217,34 +232,3 @@ class DiskWriter(RunWriter):
 
     def _partial(self, name: str, i: int) -> Path:
         return self.path / name / f".{i}{PARTIAL}"
-
-
-def _read_chunk(file: Path, dtype: str, place: Placement) -> np.ndarray:
-    if not file.exists():
-        return np.full(place.outer, fill_value(dtype), object if dtype == "str" else dtype)
-    return decode(file.read_bytes(), dtype, place.outer, compress=place.compress)
-
-
-def read_status(path: Path, metadata: dict[str, Any]) -> np.ndarray:
-    """Return `status` straight from its files, int8 (sample,); a sample without one is to do."""
-    place, n = placement_of(metadata), metadata["shape"][0]
-    status = np.zeros(-(-n // place.outer[0]) * place.outer[0], "int8")
-    folder = path / "status" / "c"
-    for file in folder.iterdir() if folder.is_dir() else ():
-        first = int(file.name) * place.outer[0]
-        if first < n:
-            with _naming(file):
-                status[first : first + place.outer[0]] = decode(
-                    file.read_bytes(), "int8", place.outer, compress=place.compress
-                )
-    return status[:n]
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn what goes wrong with a file into a StoreError that names it."""
-    try:
-        yield
-    except (OSError, ChecksumError) as error:
-        cause = error.strerror or error if isinstance(error, OSError) else error
-        raise StoreError(f"{path} could not be written: {cause}; mend that and run again, it resumes") from error

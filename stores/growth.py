@@ -13,7 +13,7 @@ import numpy as np
 from interp.stores.chunks import placement_of
 from interp.stores.codec import encode, padded
 from interp.stores.errors import StoreError
-from interp.stores.files import PARTIAL, write_file, write_json
+from interp.stores.files import PARTIAL, plain, write_file, write_json
 from interp.stores.layout_check import checked
 from interp.stores.schema import Group, Layout, TokenTable
 from interp.stores.skeleton import chunk_file, read_table
@@ -51,7 +51,13 @@ def _grown_group(name: str, group: Group, n: int, more: int, tokens: TokenTable 
     return replace(group, arrays=arrays, coords=coords)
 
 
-def grow_files(path: Path, layout: Layout, samples: Mapping[str, Any], tokens: Mapping[str, TokenTable]) -> Layout:
+def grow_files(
+    path: Path,
+    layout: Layout,
+    samples: Mapping[str, Any],
+    tokens: Mapping[str, TokenTable],
+    attrs: Mapping[str, Any],
+) -> Layout:
     """Append samples to the run at `path`, which a reader sees all at once or not at all."""
     new = grown(layout, samples, tokens)
     n, total = len(layout), len(new)
@@ -66,6 +72,7 @@ def grow_files(path: Path, layout: Layout, samples: Mapping[str, Any], tokens: M
         if metadata["node_type"] == "array" and metadata["dimension_names"][:1] == ["sample"]:
             metadata["shape"][0] = total
             write_json(path / name, metadata)
+    root["attributes"] |= plain(dict(attrs))
     write_json(path, root)
     return new
 

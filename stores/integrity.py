@@ -1,6 +1,8 @@
 """`verify`: is everything that a run says is done really there, whole and finite?"""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,15 +10,30 @@ import numpy as np
 import xarray as xr
 
 from interp.stores.chunks import placement_of
-from interp.stores.codec import ChecksumError
+from interp.stores.codec import ChecksumError, decode
+from interp.stores.errors import StoreError
 from interp.stores.identity import read_root
+from interp.stores.lock import RunLock
 from interp.stores.shards import MISSING, read_index
 from interp.stores.skeleton import chunk_file
-from interp.stores.table import DONE, FAILED, Variable, find_variable
+from interp.stores.status import set_status
+from interp.stores.table import DONE, FAILED, SCORES_NODE, TODO, Variable, find_variable
 from interp.stores.validation import validate
 
 if TYPE_CHECKING:
     from interp.stores.reader import Run
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a run: in which sample (None: not in one), with which variable, and in a sentence."""
+
+    sample: int | None
+    path: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def verify(run: "Run") -> list[str]:
@@ -25,49 +42,110 @@ def verify(run: "Run") -> list[str]:
     Checked: the format, that files are there, that bytes agree with their checksums, that numbers are finite
     where they must be. Of a selection, only its samples.
     """
+    return [str(problem) for problem in check(run)]
+
+
+def check(run: "Run") -> list[Problem]:
+    """Do what `verify` does; the problems name their sample as a number too."""
+    local = run.path if isinstance(run.path, Path) and run.path.is_dir() else None
     try:
-        problems = validate(run.tree)
-        status = run.samples["status"].to_numpy()
+        problems = [Problem(None, "", text) for text in validate(run.tree)]
+        numbers = np.asarray(run.tree["sample"].values)
+        found, status = _statuses(local, numbers) if local else ([], run.samples["status"].to_numpy())
     except (ValueError, OSError) as error:
-        return [f"the table of samples cannot be read: {error}"]
+        return [Problem(None, "", f"the table of samples cannot be read: {error}")]
+    problems += found
     known = {0, DONE, FAILED}
-    numbers = run.samples.index.to_numpy()
-    problems += [f"sample {n} has status {s}; known are 0, 1, 2" for n, s in zip(numbers, status, strict=True)
-                 if s not in known]  # fmt: skip
-    listed = read_root(run.path)["consolidated_metadata"]["metadata"] if isinstance(run.path, Path) else {}
+    problems += [Problem(int(n), "status", f"sample {n} has status {s}; known are 0, 1, 2")
+                 for n, s in zip(numbers, status, strict=True) if s not in known]  # fmt: skip
+    listed = read_root(local)["consolidated_metadata"]["metadata"] if local else {}
     for node in run.tree.subtree:
+        data = node.to_dataset(inherit=True)
+        problems += _whole(node.path.strip("/"), data)
         if node.path == "/":
             continue
-        data = node.to_dataset(inherit=True)
-        problems += _coords(node.path.strip("/"), data)
         for name, array in data.data_vars.items():
             path = f"{node.path.strip('/')}/{name}"
             if array.dims[:1] != ("sample",):
                 continue
             for at in np.flatnonzero(status == DONE):
                 number = int(numbers[at])
-                if isinstance(run.path, Path) and path in listed:
-                    problems += _files(run.path / path, path, listed[path], number)
-                problems += _values(path, array, int(at), number, _evaluated(run, int(at)))
+                texts = _files(local / path, path, listed[path], number) if local and path in listed else []
+                texts += _values(path, array, int(at), number, _evaluated(run, int(at)))
+                problems += [Problem(number, path, text) for text in texts]
     return problems
 
 
-def _coords(node: str, data: xr.Dataset) -> Iterator[str]:
-    for name, coord in data.coords.items():
+def repair_run(run: "Run", problems: Iterable[Problem]) -> list[int]:
+    """Set the samples that `check` found damaged to be done again; return their numbers.
+
+    Whoever runs the same plan or job again makes them anew. What lies outside the samples (a table, scores) is not
+    touched.
+
+    Raises:
+        StoreError: the run is not in a local folder, or another process is writing it.
+    """
+    if not isinstance(run.path, Path) or not run.path.is_dir():
+        raise StoreError(f"{run.path or 'a run in memory'} cannot be repaired; copy the run to a local folder first")
+    with RunLock(run.path):
+        _statuses(run.path, np.empty(0, int), forget=True)
+        wanted = {p.sample for p in problems if p.sample is not None and not p.path.startswith(SCORES_NODE + "/")}
+        again = sorted(i for i in wanted)
+        set_status(run.path, dict.fromkeys(again, (TODO, "")))
+    return again
+
+
+def _statuses(path: Path, numbers: np.ndarray, *, forget: bool = False) -> tuple[list[Problem], np.ndarray]:
+    """Read `status`, chunk by chunk; a damaged one counts as to do, and is deleted if it is to be forgotten."""
+    listed = read_root(path)["consolidated_metadata"]["metadata"]
+    problems: list[Problem] = []
+    n = listed["status"]["shape"][0]
+    status = np.zeros(n, "int8")
+    for name in ("status", "error"):
+        place = placement_of(listed[name])
+        rows, dtype = place.outer[0], "int8" if name == "status" else "str"
+        for first in range(0, n, rows):
+            file = chunk_file(path / name, first // rows, 1)
+            if not file.exists():
+                continue
+            try:
+                values = decode(file.read_bytes(), dtype, place.outer, compress=place.compress)
+            except (ValueError, OSError, RuntimeError) as error:
+                problems += [Problem(int(i), name, f"sample {i}: {name} cannot be read: {error}")
+                             for i in range(first, min(n, first + rows)) if i in numbers]  # fmt: skip
+                if forget:
+                    file.unlink()
+                continue
+            if name == "status":
+                status[first : first + rows] = values[: n - first]
+    return problems, status[numbers]
+
+
+def _whole(node: str, data: xr.Dataset) -> Iterator[Problem]:
+    """Read what is no sample's own: coordinates, and at the root the columns."""
+    columns = [] if node else [n for n in data.data_vars if n not in ("status", "error")]
+    for name in [*data.coords, *columns]:
+        path = f"{node}/{name}".strip("/")
         try:
-            coord.load()
-        except (ValueError, OSError) as error:
-            yield f"{node}/{name} cannot be read: {error}"
+            data[name].variable.copy(deep=False).load()
+        except (ValueError, OSError, RuntimeError) as error:
+            yield Problem(None, path, f"{path} cannot be read: {error}")
 
 
 def _files(folder: Path, path: str, metadata: dict[str, Any], number: int) -> list[str]:
     """Return what is wrong with the files of one sample's array."""
     place = placement_of(metadata)
-    file = chunk_file(folder, number // place.outer[0], len(place.outer))
-    if not file.is_file():
-        return [f"sample {number}: {path} is missing; the file {file} is not there"]
+    first = folder / "c" / str(number // place.outer[0])
+    tail = [range(-(-s // c)) for s, c in zip(metadata["shape"][1:], place.outer[1:], strict=True)]
+    for rest in itertools.product(*tail):
+        file = first.joinpath(*map(str, rest))
+        if file.is_symlink():
+            return [f"sample {number}: {path} is a link to elsewhere; the file {file}"]
+        if not file.is_file():
+            return [f"sample {number}: {path} is missing; the file {file} is not there"]
     if not place.inner:
         return []
+    file = chunk_file(folder, number // place.outer[0], len(place.outer))
     try:
         index = read_index(file, place)
     except (ChecksumError, OSError) as error:

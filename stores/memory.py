@@ -40,9 +40,15 @@ class MemoryWriter(RunWriter):
 
         return Run(self._tree())
 
-    def grow(self, samples: Mapping[str, Any], tokens: Mapping[str, TokenTable] | None = None) -> range:  # noqa: D102
+    def grow(  # noqa: D102
+        self,
+        samples: Mapping[str, Any],
+        tokens: Mapping[str, TokenTable] | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> range:
         old = len(self)
         self.layout = grown(self.layout, samples, tokens or {})
+        self._documents[""]["attributes"] |= plain(dict(attrs or {}))
         self._arrays = self.layout.arrays
         more = len(self.layout) - old
         for name, data in self._data.items():

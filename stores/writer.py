@@ -24,6 +24,8 @@ class RunWriter:
     """
 
     path: Path | None = None
+    remark: str = ""
+    """Kept in `error` of the samples that are committed while it is set."""
 
     def __init__(self, layout: Layout, status: np.ndarray) -> None:
         self.layout = layout
@@ -95,7 +97,12 @@ class RunWriter:
             array = self._arrays[name]
             self._put(i, name, np.full(array.sample_shape, fill_value(array.dtype)))
         del self._progress[i]
-        self._finish(i, DONE, "")
+        self._finish(i, DONE, self.remark)
+
+    def drop(self, i: int) -> None:
+        """Forget what was written of sample `i` since `begin`; its status stays. Nothing happens if it was not begun."""
+        if self._progress.pop(i, None) is not None:
+            self._discard(i)
 
     def fail(self, i: int, error: str) -> None:
         """Give sample `i` up and record why, in a sentence; a later run tries it again."""
@@ -105,11 +112,17 @@ class RunWriter:
         self._discard(i)
         self._finish(i, FAILED, str(error))
 
-    def grow(self, samples: Mapping[str, Any], tokens: Mapping[str, TokenTable] | None = None) -> range:
+    def grow(
+        self,
+        samples: Mapping[str, Any],
+        tokens: Mapping[str, TokenTable] | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> range:
         """Append samples: their columns, and for each group with tokens (`"attention/8x8"`) a table; return
         numbers.
 
-        For one process alone. A table with more token columns than the run has is refused.
+        `attrs` replaces root attributes in the same moment. For one process alone. A table with more token columns
+        than the run has is refused.
         """
         raise NotImplementedError
 
@@ -120,6 +133,15 @@ class RunWriter:
         """Finish writing; raise the writer's error if there was one. Samples begun but not committed are
         dropped.
         """
+
+    def abandon(self) -> None:
+        """Close within about a second: what is not durable by then is dropped, to be made again by a later run."""
+        self.close()
+
+    @property
+    def broken(self) -> bool:
+        """Whether nothing can be written any more, as on a full disk; every further call raises why."""
+        return False
 
     @property
     def run(self) -> "Run":
@@ -134,7 +156,7 @@ class RunWriter:
             self.close()
             return
         try:
-            self.close()
+            self.close() if isinstance(error, Exception) else self.abandon()
         except StoreError as also:
             error.add_note(f"While the run was being closed: {also}")
 

@@ -1,0 +1,188 @@
+"""The engine for a Dask cluster: a bounded window of tasks on workers that somebody else started.
+
+Dask is used for `submit` alone. What it may not do is hold more tasks than there are workers, or keep results: then
+the death of one worker would take others' tasks along.
+"""
+
+import contextlib
+import faulthandler
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from interp.errors import InterpError
+from interp.jobs.local import Ended
+from interp.jobs.work import Outcome, Recipe, Task, Work, perform, sentence
+from interp.stores import RunWriter
+from interp.stores.lock import share
+
+PATIENCE = 30.0
+"""Seconds to wait for a scheduler."""
+
+
+class Cluster:
+    """Runs tasks on the workers of a Dask scheduler, one at a time on each.
+
+    With a scheduler file that does not exist yet, the scheduler is started here, and ends with the job.
+    """
+
+    def __init__(self, recipe: Recipe, address: str | None, file: str | None, limit: float) -> None:
+        try:
+            from distributed import Client
+        except ImportError as error:
+            raise InterpError("a Dask cluster needs distributed: pip install 'interp-diffusion[cluster]'") from error
+        self._recipe, self._limit = recipe, limit
+        self._running: dict[Any, tuple[Task, float]] = {}
+        self._scheduler = _start_scheduler(Path(file)) if file and not Path(file).exists() else None
+        try:
+            self._client = (
+                Client(address, timeout=PATIENCE) if address else Client(scheduler_file=file, timeout=PATIENCE)
+            )
+        except (OSError, TimeoutError, ValueError) as error:
+            if self._scheduler is not None:
+                self._scheduler.kill()
+            raise InterpError(f"no Dask scheduler answers at {address or file}: {sentence(error)}") from None
+
+    def prepare(self) -> str:  # noqa: D102
+        if not self._threads():
+            print("waiting for the first Dask worker", file=sys.stderr)  # noqa: T201
+        future = self._client.submit(prepare_there, self._recipe.function, self._recipe.arguments, pure=False)
+        try:
+            kind, text = future.result()
+        except Exception as error:
+            raise InterpError(f"the worker that was to prepare the run failed: {sentence(error)}") from error
+        finally:
+            future.release()
+        if kind == "refused":
+            raise InterpError(text)
+        return str(text)
+
+    def _threads(self) -> dict[str, int]:
+        found: dict[str, int] = self._client.nthreads()
+        if any(n > 1 for n in found.values()):
+            raise InterpError("a pipeline runs one batch at a time: start the Dask workers with --nthreads 1")
+        return found
+
+    @property
+    def free(self) -> int:  # noqa: D102
+        return max(0, len(self._threads()) - len(self._running))
+
+    def start(self, task: Task) -> None:  # noqa: D102
+        key = f"interp-{task.batch}-{time.monotonic_ns()}"
+        future = self._client.submit(
+            perform_there,
+            self._recipe.function,
+            self._recipe.arguments,
+            task,
+            self._limit,
+            key=key,
+            pure=False,
+            retries=0,
+        )
+        self._running[future] = task, time.monotonic()
+
+    def wait(self, seconds: float) -> list[Ended]:  # noqa: D102
+        from distributed import wait
+
+        if not self._running:
+            time.sleep(min(seconds, 0.2))
+            return []
+        with contextlib.suppress(TimeoutError):
+            wait(list(self._running), timeout=seconds, return_when="FIRST_COMPLETED")
+        return [self._ended(future) for future in list(self._running) if future.done()]
+
+    def _ended(self, future: Any) -> Ended:
+        task, began = self._running.pop(future)
+        seconds = time.monotonic() - began
+        try:
+            outcome = future.result()
+        except Exception as error:  # KilledWorker, a lost connection, …
+            outcome = Outcome(
+                "died", f"the worker that ran it died or took longer than {self._limit:g} s: {sentence(error)}"
+            )
+        finally:
+            future.release()
+        if outcome.kind == "refused":
+            raise InterpError(outcome.text)
+        return task, Outcome(outcome.kind, outcome.text, outcome.notes, seconds)
+
+    def drain(self) -> None:
+        """Do nothing: a worker reports a task when its samples are durable."""
+
+    def close(self, *, now: bool = False) -> None:  # noqa: D102
+        for future in self._running:
+            future.cancel()
+        with contextlib.suppress(Exception):  # it may be gone already
+            if self._scheduler is not None:
+                self._client.shutdown()
+            else:
+                self._client.run(forget_there, self._recipe.function, self._recipe.arguments)
+        with contextlib.suppress(Exception):
+            self._client.close(timeout=2)
+        if self._scheduler is not None:
+            self._scheduler.terminate()
+            self._scheduler.wait(10)
+
+
+def _start_scheduler(file: Path) -> subprocess.Popen:
+    """Start a Dask scheduler that writes its address to `file`, and that ends when it has nothing to do for long."""
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--scheduler-file", str(file), "--port", "0"]
+    process = subprocess.Popen([*command, "--no-dashboard", "--idle-timeout", "15 minutes"], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + PATIENCE
+    while not file.exists():
+        if process.poll() is not None or time.monotonic() > until:
+            process.kill()
+            raise InterpError(f"the Dask scheduler did not start; try: dask scheduler --scheduler-file {file}")
+        time.sleep(0.05)
+    return process
+
+
+# What follows runs on the workers.
+
+_OPENED: dict[str, tuple[Work, RunWriter | None]] = {}
+
+
+def _key(function: str, arguments: dict[str, Any]) -> str:
+    return json.dumps([function, arguments], sort_keys=True)
+
+
+def prepare_there(function: str, arguments: dict[str, Any]) -> tuple[str, str]:
+    """Prepare the run, on a worker; return ("prepared", plan) or ("refused", why)."""
+    try:
+        work = Recipe(function, arguments).make()
+        text = work.prepare()
+    except InterpError as error:
+        return "refused", sentence(error)
+    _OPENED[_key(function, arguments)] = work, None
+    return "prepared", text
+
+
+def perform_there(function: str, arguments: dict[str, Any], task: Task, limit: float) -> Outcome:
+    """Perform a task, on a worker that keeps its pipeline for the next; a batch that hangs ends the process."""
+    key = _key(function, arguments)
+    try:
+        work, writer = _OPENED.get(key) or (Recipe(function, arguments).make(), None)
+        if writer is None:
+            share(work.store)
+            writer = work.open(clean=False)
+            _OPENED[key] = work, writer
+    except InterpError as error:
+        return Outcome("refused", sentence(error))
+    with contextlib.suppress(OSError, ValueError):  # a stderr that is no file
+        faulthandler.dump_traceback_later(limit, exit=True)
+    try:
+        return perform(work, writer, task)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def forget_there(function: str, arguments: dict[str, Any]) -> None:
+    """Let go of a run, on a worker that stays."""
+    work, writer = _OPENED.pop(_key(function, arguments), (None, None))
+    if writer is not None:
+        writer.close()
+    if work is not None:
+        work.close()
