@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from interp.errors import InterpError, nearest, sentence_list
-from interp.families import AttentionSite
+from interp.families import PARTS, AttentionSite
 from interp.patterns import matching
 
 Reducer = Callable[..., Any]
@@ -23,13 +23,27 @@ _ALWAYS_IN_SPEC = (
 """Fields of the first version: later ones are written only where they are used, so that old runs can be resumed."""
 
 
+@dataclass(frozen=True)
+class AttentionPart:
+    """A part of one attention site's probabilities: `cross` (image → text), `self` (image → image), `text` (text → image)."""
+
+    site: AttentionSite
+    part: str
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.site.name
+
+
 @dataclass(frozen=True, init=False)
 class Capture:
     """What a run keeps; frozen, serialisable, stored with the run.
 
     Args:
-        attention: `"cross"`, `"self"`, `"all"`, or which attention sites: a glob or several, or `"re:"` and a regular
-            expression; None keeps none.
+        attention: `"cross"` (image → text, of cross- and joint attention alike), `"self"` (image → image), `"text"`
+            (text → image of joint attention), `"all"`, None for none, or attention sites, which keep image → text where
+            there is text, else image → image: a glob or several, or `"re:"` and a regular expression.
         heads: `"mean"`, `"all"`, or head indices.
         tokens: `"prompt"` keeps bos, words and the first eos and sums the padding into one last column; `"all"`; or a
             list of positions, words (`"red"`, `"navy background"`, `"{target}"` for the text in a column of the prompt
@@ -147,7 +161,7 @@ budget
     @property
     def reducers(self) -> dict[str, tuple[str, Reducer]]:
         """Reductions by name: the glob over attention sites, and the function."""
-        return {name: given if isinstance(given, tuple) else ("*attn2", given) for name, given in self.reduce.items()}
+        return {name: given if isinstance(given, tuple) else ("cross", given) for name, given in self.reduce.items()}
 
     def chosen_steps(self, steps: int) -> list[int]:
         """Return which of `steps` sampling steps attention and sites are kept of."""
@@ -163,16 +177,22 @@ budget
             raise InterpError(f"Capture(steps={list(self.steps)}): step {wrong[0]} is outside the run's 0–{steps - 1}")
         return sorted({s % steps for s in self.steps})
 
-    def chosen_attention(self, sites: list[AttentionSite]) -> list[AttentionSite]:
-        """Return the attention sites to keep.
+    def chosen_attention(self, sites: list[AttentionSite]) -> list[AttentionPart]:
+        """Return the parts of attention to keep.
 
         Raises:
-            InterpError: a glob matches none.
+            InterpError: a glob matches none, or the model has no such attention.
         """
         if self.attention is None:
             return []
-        if self.attention in ("cross", "self", "all"):
-            return [s for s in sites if self.attention in ("all", s.kind)]
+        if self.attention in ("cross", "self", "text", "all"):
+            parts = [AttentionPart(s, p) for s in sites for p in PARTS[s.kind] if self.attention in ("all", p)]
+            if not parts and self.attention == "text":
+                raise InterpError(
+                    "Capture(attention='text') keeps text → image, which joint attention alone has; this model has "
+                    f"{' and '.join(sorted({s.kind for s in sites}))} attention"
+                )
+            return parts
         globs = (self.attention,) if isinstance(self.attention, str) else self.attention
         chosen: set[str] = set()
         for pattern in globs:
@@ -180,11 +200,12 @@ budget
             found = matching(path, names)
             if not found:
                 raise InterpError(
-                    f"Capture(attention={pattern!r}) matches no attention site{nearest(path, [*names, 'cross', 'self', 'all'])}"
+                    f"Capture(attention={pattern!r}) matches no attention site"
+                    f"{nearest(path, [*names, 'cross', 'self', 'text', 'all'])}"
                     f"{'' if nearest(path, names) else ';'} this model has {len(names)}, e.g. {sentence_list(names, 2)}"
                 )
             chosen |= {*found}
-        return [s for s in sites if s.name in chosen]
+        return [AttentionPart(s, PARTS[s.kind][0]) for s in sites if s.name in chosen]
 
     def chosen_heads(self, heads: int) -> list[int]:
         """Return head indices; the mean is taken over all."""

@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from interp.capture import Capture, Reducer
-from interp.catalog import attention_sites, dry_run, match_sites, text_length
+from interp.capture import AttentionPart, Capture, Reducer
+from interp.catalog import attention_sites, dry_run, match_sites
 from interp.errors import InterpError
-from interp.families import AttentionSite, Family
+from interp.families import Arguments, Family
 from interp.hooks import At
 from interp.rehearsal import site_shapes
 
@@ -64,26 +64,19 @@ class ReduceCapture:
 
     name: str
     fn: Reducer
-    layers: list[AttentionSite]
+    layers: list[AttentionPart]
     shape: tuple[int, ...]
 
 
-def captured_attention(family: Family, capture: Capture, height: int, width: int) -> list[AttentionSite]:
-    """Return the attention sites that a capture selects, with their grids."""
+def captured_attention(family: Family, capture: Capture, arguments: Arguments) -> list[AttentionPart]:
+    """Return the parts of attention that a capture selects; their sites have grids."""
     if capture.attention is None:
         return []
-    return _with_grids(family, capture, height, width)
+    _, grids = dry_run(family, arguments)
+    return capture.chosen_attention([replace(s, grid=grids[s.name]) for s in attention_sites(family)])
 
 
-def _with_grids(family: Family, capture: Capture, height: int, width: int) -> list[AttentionSite]:
-    _, grids = dry_run(family, height, width)
-    return [
-        AttentionSite(s.name, s.module, s.kind, s.heads, grids[s.name])
-        for s in capture.chosen_attention(attention_sites(family))
-    ]
-
-
-def captured_sites(family: Family, capture: Capture, height: int, width: int) -> list[SiteCapture]:
+def captured_sites(family: Family, capture: Capture, arguments: Arguments) -> list[SiteCapture]:
     """Return the sites that a capture selects, in the order of its patterns, each once.
 
     Raises:
@@ -93,8 +86,8 @@ def captured_sites(family: Family, capture: Capture, height: int, width: int) ->
     if not wanted:
         return []
     sources = [s for site in wanted for s in SiteCapture(site, (), ()).sources]
-    shapes = site_shapes(family, sorted({*sources}), height, width)
-    _, grids = dry_run(family, height, width)
+    shapes = site_shapes(family, sorted({*sources}), arguments)
+    _, grids = dry_run(family, arguments)
     kinds = {s.name: s.kind for s in attention_sites(family)}
     return [_site(family, capture, site, shapes, grids, kinds) for site in wanted]
 
@@ -176,7 +169,7 @@ def _cropped(capture: Capture, site: SiteCapture) -> SiteCapture:
     return SiteCapture(site.site, site.dims, shape, site.grid, cells)
 
 
-def captured_reductions(family: Family, capture: Capture, height: int, width: int) -> list[ReduceCapture]:
+def captured_reductions(family: Family, capture: Capture, arguments: Arguments) -> list[ReduceCapture]:
     """Return the reductions that a capture names; each is tried on uniform probabilities for its shape.
 
     Raises:
@@ -184,13 +177,14 @@ def captured_reductions(family: Family, capture: Capture, height: int, width: in
     """
     found = []
     for name, (glob, fn) in capture.reducers.items():
-        layers = _with_grids(family, Capture(attention=glob), height, width)
+        layers = captured_attention(family, Capture(attention=glob), arguments)
         shapes = {
             _reduced_shape(
-                name, fn, s, math.prod(c.stop - c.start for c in capture.chosen_cells(s.grid)), text_length(family)
+                name, fn, one, math.prod(c.stop - c.start for c in capture.chosen_cells(one.site.grid)),
+                family.text_length(arguments),
             )
-            for s in layers
-        }
+            for one in layers
+        }  # fmt: skip
         if len(shapes) > 1:
             raise InterpError(
                 f"Capture(reduce={name!r}) gives different shapes for different layers ({sorted(shapes)}); return one "
@@ -200,8 +194,9 @@ def captured_reductions(family: Family, capture: Capture, height: int, width: in
     return found
 
 
-def _reduced_shape(name: str, fn: Reducer, site: AttentionSite, queries: int, text: int) -> tuple[int, ...]:
-    keys = site.grid[0] * site.grid[1] if site.kind == "self" else text
+def _reduced_shape(name: str, fn: Reducer, one: AttentionPart, image: int, text: int) -> tuple[int, ...]:
+    site = one.site
+    queries, keys = {"cross": (image, text), "self": (image, math.prod(site.grid)), "text": (text, image)}[one.part]
     at = At(f"{site.name}:probs", 0, 0.0, 0, "cond", 1)
     try:
         result = fn(torch.full((1, site.heads, queries, keys), 1 / keys), at)
@@ -216,12 +211,12 @@ def _reduced_shape(name: str, fn: Reducer, site: AttentionSite, queries: int, te
     return shape[1:]
 
 
-def attention_groups(attention: Sequence[AttentionSite]) -> dict[str, list[AttentionSite]]:
-    """Sort attention sites into the store's groups, one a kind and grid."""
-    groups: dict[str, list[AttentionSite]] = {}
-    for site in attention:
-        node = "self_attention" if site.kind == "self" else "attention"
-        groups.setdefault(f"{node}/{site.grid[0]}x{site.grid[1]}", []).append(site)
+def attention_groups(attention: Sequence[AttentionPart]) -> dict[str, list[AttentionPart]]:
+    """Sort parts of attention into the store's groups, one a part and grid."""
+    nodes = {"cross": "attention", "self": "self_attention", "text": "text_attention"}
+    groups: dict[str, list[AttentionPart]] = {}
+    for one in attention:
+        groups.setdefault(f"{nodes[one.part]}/{one.site.grid[0]}x{one.site.grid[1]}", []).append(one)
     return groups
 
 

@@ -1,5 +1,6 @@
 """The catalogue of sites: every place of a pipeline where a tensor can be read or written."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from interp.errors import InterpError, nearest, sentence_list
-from interp.families import AttentionSite, Family, find_family
+from interp.families import Arguments, AttentionSite, Family, find_family
 from interp.patterns import REGEX, matching
 from interp.undressing import undressed
 
@@ -22,7 +23,7 @@ QUANTITIES = ("in", "out", "q", "k", "v", "probs")
 class Site:
     """One row of the catalogue: name `path:quantity`, kind, and the shape of one sample's tensor.
 
-    kind: `cross` or `self` for attention probabilities (head, query, key), `module` for a module's output.
+    kind: `cross`, `self` or `joint` for attention probabilities (head, query, key), `module` for a module's output.
     """
 
     name: str
@@ -65,12 +66,12 @@ def sites(pipe: Any, match: str = "*", height: int | None = None, width: int | N
 
     pipe = load(pipe) if isinstance(pipe, str) else pipe
     family = find_family(pipe)
-    shapes, grids = dry_run(family, height, width)
-    rows = []
-    for site in attention_sites(family):
-        h, w = grids[site.name]
-        keys = h * w if site.kind == "self" else text_length(family)
-        rows.append(Site(f"{site.name}:probs", site.kind, (site.heads, h * w, keys)))
+    arguments = family.arguments({"height": height, "width": width})
+    shapes, grids = dry_run(family, arguments)
+    rows = [
+        Site(f"{s.name}:probs", s.kind, probs_shape(family, s, grids[s.name], arguments))
+        for s in attention_sites(family)
+    ]
     rows += [Site(f"{path}:out", "module", shape) for path, shape in shapes.items()]
     rows += [
         Site(f"{name}.{path}:out" if path else f"{name}:out", "module", ())
@@ -90,27 +91,34 @@ def attention_sites(family: Family) -> list[AttentionSite]:
     return family.attention_sites()
 
 
-def text_length(family: Family) -> int:
-    """Token positions of the text that the denoiser receives."""
-    return int(next(iter(family.text_encoders.values()))[0].model_max_length)
+def probs_shape(
+    family: Family, site: AttentionSite, grid: tuple[int, int], arguments: Arguments
+) -> tuple[int, int, int]:
+    """Shape of one sample's probabilities at a site: (head, query, key)."""
+    image = grid[0] * grid[1]
+    if site.kind == "joint":
+        length = family.joint_length(arguments)
+        return site.heads, length, length
+    return site.heads, image, image if site.kind == "self" else family.text_length(arguments)
 
 
 def dry_run(
-    family: Family, height: int | None = None, width: int | None = None
+    family: Family, arguments: Arguments | None = None
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
     """Run the denoiser on tensors without data; return each module's output shape and each attention site's grid.
 
-    Shapes are those of one sample, without the row dimension; grids are (height, width).
+    Shapes are those of one sample, without the row dimension; grids are (height, width). `arguments` are those of a
+    pipeline call: its size decides.
     """
     denoiser = family.denoiser
-    default = family.default_size()
-    size = (height or default[0], width or default[1])
+    arguments = family.arguments() if arguments is None else arguments
     known = _DRY_RUNS.setdefault(denoiser, {})
-    key = (*size, *(id(m) for m in denoiser.modules()))  # LoRA and the like exchange modules
+    shape = (*family.latent_shape(arguments), family.text_length(arguments))
+    key = (*shape, *(id(m) for m in denoiser.modules()))  # LoRA and the like exchange modules
     if key not in known:
         if len(known) > 8:
             known.clear()
-        known[key] = _dry_run(family, size)
+        known[key] = _dry_run(family, arguments)
     shapes, grids = known[key]
     missing = [s.name for s in attention_sites(family) if s.name not in grids]
     if missing:
@@ -118,31 +126,36 @@ def dry_run(
     return dict(shapes), dict(grids)
 
 
-def _dry_run(family: Family, size: tuple[int, int]) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
+def _dry_run(family: Family, arguments: Arguments) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
     shapes: dict[str, tuple[int, ...]] = {}
     grids: dict[str, tuple[int, int]] = {}
     spatial: list[tuple[int, int]] = []
     own = {id(s.module): s.name for s in attention_sites(family)}
     (root, denoiser), *_ = family.denoisers.items()
+    everywhere = family.grid(arguments)
 
     def enter(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         first = args[0] if args else kwargs.get("hidden_states")
         if isinstance(first, torch.Tensor) and first.ndim == 4:
             spatial.append((int(first.shape[2]), int(first.shape[3])))
-        if id(module) in own and spatial:
-            grids[own[id(module)]] = spatial[-1]
+        if id(module) in own and (everywhere or spatial):
+            grids[own[id(module)]] = everywhere or spatial[-1]
 
     def leave(path: str, out: Any) -> None:
-        out = out[0] if isinstance(out, tuple) else out if isinstance(out, torch.Tensor) else next(iter(out.values()))
+        name = f"{root}.{path}" if path else root
+        if isinstance(out, tuple):
+            out = out[family.output_index(name)] if out else None
+        elif isinstance(out, Mapping):
+            out = next(iter(out.values()))
         if isinstance(out, torch.Tensor):
-            shapes[f"{root}.{path}" if path else root] = tuple(int(n) for n in out.shape[1:])
+            shapes[name] = tuple(int(n) for n in out.shape[1:])
 
     with undressed(denoiser), ExitStack() as undo:
         for path, module in denoiser.named_modules():
             undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             undo.callback(module.register_forward_hook(lambda _, args, out, path=path: leave(path, out)).remove)
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(str(denoiser.device)):
-            inputs = family.dry_inputs(*size)
+            inputs = family.dry_inputs(arguments)
             leave("", denoiser.forward(*inputs.args, **inputs.kwargs))  # not its __call__, which a registry may hold
     return shapes, grids
 

@@ -6,7 +6,7 @@ instance patch's closure on the original; `set_timesteps` restarts the clock, be
 pipeline calls.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
@@ -49,22 +49,32 @@ def is_first_evaluation(scheduler: Any) -> bool:
     return bool(getattr(scheduler, "state_in_first_order", True))
 
 
-def timeline(scheduler: Any, steps: int, device: Any = "cpu") -> Timeline:
+def is_flow(scheduler: Any) -> bool:
+    """Tell whether the model predicts a flow, x_t = (1 − t)·x_0 + t·ε."""
+    return "flow" in str(scheduler.config.get("prediction_type", "")) or "FlowMatch" in type(scheduler).__name__
+
+
+def timeline(scheduler: Any, steps: int, device: Any = "cpu", schedule: Mapping[str, Any] | None = None) -> Timeline:
     """Return the noise levels that `steps` sampling steps would visit; the scheduler itself is not touched.
 
     A step is what the scheduler counts as one: PNDM, which calls the model more often than asked, has that many.
+    `schedule` is what the pipeline passes to `set_timesteps` beside the number of steps (`Family.schedule`).
 
     Raises:
         InterpError: the scheduler cannot make so many steps, or its noise levels are unknown.
     """
     copy = deepcopy(scheduler)
     try:
-        copy.set_timesteps(steps, device=device)
+        if schedule and "sigmas" in schedule:  # then the number of steps is their number, and not given
+            copy.set_timesteps(device=device, **schedule)
+        else:
+            copy.set_timesteps(steps, device=device, **(schedule or {}))
     except ValueError as error:
         raise InterpError(
             f"{type(scheduler).__name__} cannot make {steps} steps: {' '.join(str(error).split())}"
         ) from error
-    if getattr(copy, "alphas_cumprod", None) is None and "FlowMatch" not in type(copy).__name__:
+    flow = is_flow(copy)
+    if getattr(copy, "alphas_cumprod", None) is None and not flow:
         raise InterpError(
             f"the noise levels of {type(copy).__name__} are unknown here; use DDIM, Euler, DPM-Solver++ or Heun"
         )
@@ -72,7 +82,6 @@ def timeline(scheduler: Any, steps: int, device: Any = "cpu") -> Timeline:
     order = getattr(copy, "order", 1)
     if order > 1:  # t0 t1 t1 t2 t2 …: the first evaluations are at 0, 2, 4 …
         times = times[::order]
-    flow = "flow" in str(copy.config.get("prediction_type", "")) or "FlowMatch" in type(copy).__name__
     sigmas = getattr(copy, "sigmas", None)
     if flow:
         assert sigmas is not None
@@ -103,10 +112,12 @@ class Clock:
     `step` counts from 0 = first (noisiest); `evaluation` is 0 at the first denoiser evaluation of a step.
     """
 
-    def __init__(self, scheduler: Any, on_step: Callable[[StepEnd], None]) -> None:
-        self.on_step = on_step
-        self.step = 0
-        self.evaluation = 0
+    def __init__(
+        self, scheduler: Any, on_step: Callable[[StepEnd], None], next_latents: Callable[[Any], torch.Tensor]
+    ) -> None:
+        self.on_step, self.next_latents = on_step, next_latents
+        self.step = self.evaluation = self._calls = 0
+        self._times: list[float] = []
         self._undo: list[Callable[[], None]] = []
         self.attach(scheduler)
 
@@ -124,7 +135,8 @@ class Clock:
                 return step(this, model_output, timestep, sample, *args, **kwargs)
             before = sample.clone()  # some schedulers work in place
             out = step(this, model_output, timestep, sample, *args, **kwargs)
-            after = out[0] if isinstance(out, tuple) else out.prev_sample
+            after = self.next_latents(out)
+            self._calls += 1
             self.on_step(StepEnd(self.step, float(timestep), before, model_output, after, self.evaluation))
             if is_first_evaluation(this):
                 self.step, self.evaluation = self.step + 1, 0
@@ -152,7 +164,15 @@ class Clock:
 
     def restart(self) -> None:
         """Begin a new run at step 0."""
-        self.step = self.evaluation = 0
+        self.step = self.evaluation = self._calls = 0
+        self._times = []
+
+    @property
+    def timestep(self) -> float:
+        """The scheduler's timestep of the evaluation in progress, for models that are given a changed one."""
+        self._times = self._times or [float(t) for t in self.scheduler.timesteps.detach().cpu()]
+        at = (getattr(self.scheduler, "begin_index", None) or 0) + self._calls
+        return self._times[at] if at < len(self._times) else float("nan")
 
     def close(self) -> None:
         """Undo everything."""

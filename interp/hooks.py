@@ -5,20 +5,22 @@ function of (tensor, at). Functions are called once per branch, with that branch
 Recording and every intervention are built on it; so can be whatever a user needs.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from interp.branches import keep_rows, split_rows, stack_rows
+from interp.branches import SkippedCalls, split_rows
 from interp.catalog import attention_sites, match_sites, split_site
 from interp.clock import Clock, StepEnd
 from interp.compiling import plain, run_eagerly
 from interp.errors import InterpError
-from interp.families import AttentionSite, Family, find_family
-from interp.families.base import DenoiserInputs
+from interp.families import Arguments, AttentionSite, DenoiserInputs, Family, Pass, Spans, find_family
 from interp.kernels import AttentionCall, KernelObserver
 from interp.overriding import override_call
 
@@ -51,8 +53,9 @@ class At:
 class DenoiserCall:
     """One call of the denoiser, before it runs: its arguments may be exchanged, its branches dropped.
 
-    branches: in row order, as given. keep: the branches that will be evaluated; every other one receives the kept
-    one's output, so that guidance `u + w·(c − u)` returns the kept prediction exactly.
+    branches: in row order, as given; one alone if guidance takes a call per branch. keep: the branches that will be
+    evaluated; every other one receives the kept one's output, so that guidance `u + w·(c − u)` returns the kept
+    prediction exactly. A call that keeps none of its branches is not run at all.
     """
 
     args: tuple[Any, ...]
@@ -71,7 +74,7 @@ class DenoiserCall:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the denoiser really evaluated in one call: branch → (sample, channel, y, x), as the model gave it."""
+    """What the denoiser really evaluated in one call: branch → (sample, channel, y, x), as the scheduler understands it."""
 
     outputs: dict[str, torch.Tensor]
     call: DenoiserCall
@@ -110,6 +113,11 @@ class HookRegistry:
         self._observer = KernelObserver()
         self._clock: Clock | None = None
         self._call: DenoiserCall | None = None
+        self._skipped = SkippedCalls()
+        self._passes = 0  # denoiser calls since the last scheduler.step
+        self._context: str | None = None
+        self.arguments: Arguments | None = None
+        """Arguments of the pipeline's call in progress, defaults filled in; None between calls."""
 
     # What to watch
 
@@ -159,13 +167,18 @@ class HookRegistry:
     def __enter__(self) -> "HookRegistry":
         if self._undo:
             raise InterpError("this HookRegistry is active already; make a new one for a nested context")
-        self._clock = Clock(self.pipe.scheduler, self._end_step)
+        self._clock = Clock(
+            self.pipe.scheduler, self._end_step, lambda out: self.family.next_latents(out, self._known())
+        )
         self._undo.append(self._clock.close)
         self._undo.append(self._observer.close)
+        self._undo.append(override_call(self.pipe, self._run_pipeline))
         # what the pipeline calls may be a compiled wrapper of the module
         called = [getattr(self.pipe, name, module) for name, module in self.family.denoisers.items()]
         self._undo.append(run_eagerly(called))
         self._undo += [override_call(module, self._denoise) for module in called]
+        if self.family.sequential:
+            self._undo.append(_watch_context(self.family.denoiser, self._name_context))
         for site in {**self._readers, **self._writers}:
             self._hook_site(site)
         for site in self._attention:
@@ -177,11 +190,40 @@ class HookRegistry:
             self._undo.pop()()
         self._hooked.clear()
         self._call = None
+        self._skipped, self._passes, self._context = SkippedCalls(), 0, None
 
     def family_module(self, path: str) -> torch.nn.Module:
         """Return the module at a site's path, e.g. `unet.mid_block`."""
         root, _, rest = path.partition(".")
         return plain(getattr(self.pipe, root)).get_submodule(rest)
+
+    # The pipeline
+
+    def _run_pipeline(self, pipe: Any, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        with self.pipeline_call(run, args, kwargs):
+            return run(*args, **kwargs)
+
+    @contextmanager
+    def pipeline_call(self, run: Callable[..., Any], args: tuple, kwargs: dict) -> Iterator[None]:
+        """Know the arguments of the pipeline's call that runs inside the context."""
+        try:
+            bound = inspect.signature(run).bind(*args, **kwargs)
+        except TypeError:  # the call itself will say what is wrong with it
+            yield
+            return
+        bound.apply_defaults()
+        outer, self.arguments = self.arguments, dict(bound.arguments)
+        try:
+            yield
+        finally:
+            self.arguments = outer
+            self._skipped, self._passes = SkippedCalls(), 0
+
+    def _known(self) -> Arguments:
+        return self.arguments if self.arguments is not None else self.family.arguments()
+
+    def _name_context(self, name: str | None) -> None:
+        self._context = name
 
     # The denoiser
 
@@ -192,25 +234,22 @@ class HookRegistry:
             clock.attach(self.pipe.scheduler)
         running = _RUNNING.get() or {}
         around = running.get(id(module), ())
-        branches = around[-1].branches if around else self.family.branches()
-        rows = args[0].shape[0] if args else kwargs["sample"].shape[0]
-        if rows % len(branches):
-            raise InterpError(
-                f"{type(self.pipe).__name__} called its denoiser with {rows} rows, which cannot hold the branches "
-                f"{branches}; guidance must be either on or off for the whole batch"
-            )
-        time = args[1] if len(args) > 1 else kwargs["timestep"]
-        call = DenoiserCall(
-            args, dict(kwargs), branches, clock.step, float(torch.as_tensor(time).flatten()[0]), clock.evaluation,
-            rows // len(branches), branches,
-        )  # fmt: skip
+        own = Pass(self.arguments, args, kwargs, self._context, self._passes)
+        branches = around[-1].branches if around else self.family.branches(own)
+        if not branches:  # of no branch, as skip-layer guidance: if branches were dropped, it must not bring them back
+            return self._run_unnamed(run, args, kwargs)
+        call = self._begin(args, kwargs, branches)
         for edit in self._call_edits:
             edit(call)
         kept = tuple(b for b in branches if b in call.keep)
-        if kept != branches:
-            call.args, call.kwargs = keep_rows((call.args, call.kwargs), rows, branches, kept)
         for one in (*around, call):
             one.branches = kept
+        if not kept:
+            return self._skip(call)
+        if kept != branches:
+            inputs = DenoiserInputs(call.args, call.kwargs)
+            inputs = self.family.keep_rows(inputs, call.samples * len(branches), branches, kept)
+            call.args, call.kwargs = inputs.args, inputs.kwargs
         token = _RUNNING.set({**running, id(module): (*around, call)})
         outer, self._call = self._call, call
         try:
@@ -218,14 +257,60 @@ class HookRegistry:
         finally:
             _RUNNING.reset(token)
             self._call = outer
-        if plain(module) is self.family.denoiser and self._predictions:
-            sample = out[0] if isinstance(out, tuple) else out.sample
-            # an inner registry may have dropped more since, and call.branches tells what is left
-            outputs = {b: t for b, t in split_rows(sample, kept).items() if b in call.branches}
-            prediction = Prediction(outputs, call)
+        if plain(module) is self.family.denoiser:
+            self._passes += 1
+            self._predicted(call, branches, kept, out)
+        return out if kept == branches else self.family.stack_rows(out, branches, kept)
+
+    def _begin(self, args: tuple, kwargs: dict, branches: tuple[str, ...]) -> DenoiserCall:
+        assert self._clock is not None
+        rows = self.family.rows(args, kwargs)
+        if rows % len(branches):
+            raise InterpError(
+                f"{type(self.pipe).__name__} called its denoiser with {rows} rows, which cannot hold the branches "
+                f"{branches}; guidance must be either on or off for the whole batch"
+            )
+        time = self.family.timestep(args, kwargs)
+        time = self._clock.timestep if time is None else time
+        return DenoiserCall(
+            args,
+            dict(kwargs),
+            branches,
+            self._clock.step,
+            time,
+            self._clock.evaluation,
+            rows // len(branches),
+            branches,
+        )
+
+    def _skip(self, call: DenoiserCall) -> Any:
+        if not self.family.sequential:
+            raise InterpError("every branch was dropped from a denoiser call; keep at least one")
+        return self._skipped.give(
+            lambda: self.family.blank_output(call.args, call.kwargs), call.kwargs.get("return_dict") is False
+        )
+
+    def _run_unnamed(self, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        if self._skipped.dropped:
+            return self._skipped.give(lambda: torch.empty(0), kwargs.get("return_dict") is False)
+        outer, self._call = self._call, DenoiserCall(args, kwargs, (), -1, float("nan"), 0, 0)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self._call = outer
+
+    def _predicted(self, call: DenoiserCall, given: tuple[str, ...], kept: tuple[str, ...], out: Any) -> None:
+        """Tell what was evaluated; an inner registry may have dropped more since, and `call.branches` tells what is left."""
+        if not call.branches:
+            return
+        first = out[0] if isinstance(out, tuple) else out.sample
+        if isinstance(first, torch.Tensor):
+            self._skipped.ran(split_rows(first, kept)[call.branches[0]], dropped=call.branches != given)
+        if self._predictions:
+            sample = self.family.prediction(out, self._known())
+            prediction = Prediction({b: t for b, t in split_rows(sample, kept).items() if b in call.branches}, call)
             for fn in self._predictions:
                 fn(prediction)
-        return out if kept == branches else stack_rows(out, branches, kept)
 
     def rehearse(self, inputs: DenoiserInputs) -> None:
         """Call the denoiser outside a sampling run, as for one sample of the branch with text: sites are met once."""
@@ -238,8 +323,24 @@ class HookRegistry:
             self._call = None
 
     def _end_step(self, end: StepEnd) -> None:
+        self._skipped.end()
+        self._passes = 0
+        arguments = self._known()
+        if self._step_ends:
+            latents, following, output = (
+                self.family.unpack(x, arguments) for x in (end.latents, end.next_latents, end.model_output)
+            )
+            end = replace(end, latents=latents, next_latents=following, model_output=output)
         for fn in self._step_ends:
             fn(end)
+
+    def spans(self, kernel: AttentionCall, call: DenoiserCall) -> Spans:
+        """Return where image and text lie in a kernel call."""
+        return self.family.spans(self._sites[kernel.site], *kernel.size, call.kwargs)
+
+    @cached_property
+    def _sites(self) -> dict[str, AttentionSite]:
+        return {s.name: s for s in attention_sites(self.family)}
 
     # Sites
 
@@ -272,8 +373,9 @@ class HookRegistry:
         if isinstance(out, torch.Tensor):
             return self._apply(site, out)
         if isinstance(out, tuple):
-            changed = self._apply(site, out[0])
-            return None if changed is None else (changed, *out[1:])
+            i = self.family.output_index(split_site(site)[0])
+            changed = self._apply(site, out[i])
+            return None if changed is None else (*out[:i], changed, *out[i + 1 :])
         key = next(iter(out))  # diffusers' and transformers' outputs are ordered mappings, main tensor first
         changed = self._apply(site, out[key])
         if changed is not None:
@@ -306,13 +408,13 @@ class HookRegistry:
         if path in self._hooked:
             return
         self._hooked.add(path)
-        if path not in {s.name for s in attention_sites(self.family)}:
+        if path not in self._sites:
             raise InterpError(f"{path!r} is no attention module, so it has no q, k, v or probs; it has in and out")
         self._observer.watch(path, module, self._observe)
 
     def _observe(self, kernel: AttentionCall) -> torch.Tensor | None:
         call = self._call
-        if call is None or _RUNNING.get() is None:
+        if call is None or not call.branches or _RUNNING.get() is None:
             return None
         for fn in self._attention.get(kernel.site, ()):
             fn(kernel, call)
@@ -326,3 +428,28 @@ class HookRegistry:
         if site in self._readers or site in self._writers:
             return self._apply(site, kernel.probabilities(), kernel.call)
         return None
+
+
+def _watch_context(module: Any, tell: Callable[[str | None], None]) -> Callable[[], None]:
+    """Tell the name of each `cache_context` that the pipeline opens around a denoiser call; return the undo."""
+    own = module.cache_context
+
+    @contextmanager
+    def named(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        tell(name)
+        try:
+            with own(name, *args, **kwargs):
+                yield
+        finally:
+            tell(None)
+
+    before = module.__dict__.get("cache_context")
+    module.cache_context = named
+
+    def undo() -> None:
+        if before is None:
+            del module.cache_context
+        else:
+            module.cache_context = before
+
+    return undo

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from interp.capture import Capture
+from interp.capture import AttentionPart, Capture
 from interp.captured import ReduceCapture, SiteCapture, attention_groups, site_node
-from interp.clock import Timeline
+from interp.clock import Timeline, is_flow
 from interp.errors import InterpError
-from interp.families import AttentionSite, Family
+from interp.families import Arguments, Family
 from interp.interventions import Intervention
 from interp.loading import origin
 from interp.stores import Group, TokenTable
@@ -22,11 +22,11 @@ from interp.stores.schema import attention_group, images_group, site_group, text
 
 def run_groups(
     family: Family, capture: Capture, times: Timeline, tokens: TokenTable, every_token: TokenTable,
-    attention: list[AttentionSite], sites: list[SiteCapture], reductions: list[ReduceCapture], height: int, width: int,
-    n: int,
+    attention: list[AttentionPart], sites: list[SiteCapture], reductions: list[ReduceCapture], arguments: Arguments,
+    height: int, width: int, n: int,
 ) -> dict[str, Group]:  # fmt: skip
     """Return the store's groups, by path, of `n` samples."""
-    channel, y, x = family.latent_shape(height, width)
+    channel, y, x = family.latent_shape(arguments)
     groups = {
         "trajectory": trajectory_group(
             n, timestep=times.timestep, sigma=times.sigma, alpha_bar=times.alpha_bar, data_scale=times.data_scale,
@@ -36,16 +36,18 @@ def run_groups(
     kept = capture.chosen_steps(len(times))
     timing: dict[str, Any] = {"steps": kept, "timestep": times.timestep[kept]}
     for name, members in attention_groups(attention).items():
-        heads = capture.chosen_heads(members[0].heads)
-        if capture.heads != "mean" and len({s.heads for s in members}) > 1:
+        part, first = members[0].part, members[0].site
+        heads = capture.chosen_heads(first.heads)
+        if capture.heads != "mean" and len({m.site.heads for m in members}) > 1:
             raise InterpError(
                 f"the layers at {name} have different numbers of heads; capture heads='mean', or one layer"
             )
         groups[name] = attention_group(
-            n, kind=members[0].kind, grid=members[0].grid, layers=[s.name for s in members],
+            n, kind=first.kind, grid=first.grid, layers=[m.name for m in members],
             heads=["mean"] if capture.heads == "mean" else [str(h) for h in heads], branches=capture.branches,
-            sigma=times.sigma[kept], tokens=tokens, dtype=capture.dtype, self_attention=members[0].kind == "self",
-            cells=None if capture.region is None else capture.chosen_cells(members[0].grid), **timing,
+            sigma=times.sigma[kept], tokens=tokens, dtype=capture.dtype, self_attention=part == "self",
+            text_attention=part == "text",
+            cells=None if capture.region is None or part == "text" else capture.chosen_cells(first.grid), **timing,
         )  # fmt: skip
     for site in sites:
         groups[site_node(site.site)] = site_group(
@@ -62,10 +64,12 @@ def run_groups(
         group.coords["layer"] = (("layer",), np.asarray([s.name for s in one.layers], object))
         groups[site_node(one.name)] = group
     if capture.text:
-        width_of = int(family.dry_inputs(height, width).kwargs["encoder_hidden_states"].shape[-1])
-        groups["text/" + next(iter(family.text_encoders))] = text_group(
-            n, branches=["cond", "uncond"], token=every_token.width, feature=width_of, tokens=every_token
-        )
+        width_of = int(family.text_inputs(family.dry_inputs(arguments).kwargs).embeddings.shape[-1])
+        for name, span in family.text_segments(arguments).items():
+            table = every_token.columns(span)
+            groups[f"text/{name}"] = text_group(
+                n, branches=["cond", "uncond"], token=table.width, feature=width_of, tokens=table
+            )
     if capture.image:
         groups["images"] = images_group(n, height, width)
     return groups
@@ -97,7 +101,9 @@ def run_attrs(
         "pipeline_options": options,
         "capture": capture.spec(),
         "conditions": {name: [c.spec() for c in changes] for name, changes in conditions.items()},
-        "prediction_type": str(scheduler.get("prediction_type", "epsilon")),
+        "prediction_type": str(
+            scheduler.get("prediction_type", "flow_prediction" if is_flow(pipe.scheduler) else "epsilon")
+        ),
         "versions": {p: version(p) for p in ("interp-diffusion", "torch", "diffusers", "transformers")},
     }
 

@@ -11,19 +11,19 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from interp.budget import check_budget, size
-from interp.capture import Capture
+from interp.capture import AttentionPart, Capture
 from interp.captured import ReduceCapture, SiteCapture, captured_attention, captured_reductions, captured_sites
 from interp.clock import Timeline, timeline
 from interp.costs import planned_bytes
 from interp.errors import InterpError, nearest
-from interp.families import AttentionSite, Family, find_family
+from interp.families import Arguments, Family, find_family
 from interp.interventions import Intervention, check_all
 from interp.layouts import run_attrs, run_groups
 from interp.loading import origin
 from interp.prompts import PromptTable, prompt_table
 from interp.stores import Layout
 from interp.token_choice import choose_tokens
-from interp.tokens import Tokens, TokenSelection, select_tokens, tokenize
+from interp.tokens import Tokens, TokenSelection, select_tokens
 
 Conditions = Mapping[str, Sequence[Intervention]]
 
@@ -46,13 +46,15 @@ class Plan:
     guidance_scale: float
     height: int
     width: int
-    attention: list[AttentionSite]
+    attention: list[AttentionPart]
     sites: list[SiteCapture]
     reductions: list[ReduceCapture]
     tokens: list[Tokens]
     selection: TokenSelection
     forward_passes: int
     options: dict[str, Any]
+    arguments: dict[str, Any]
+    """Arguments of the pipeline's call that all samples share, defaults filled in."""
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -77,7 +79,10 @@ class Plan:
             if not name.startswith("images")
         )
         # float32 probabilities of all heads of one layer at a time, and query and key kept until the step ends
-        heads = [s.heads * s.grid[0] * s.grid[1] * len(self.tokens[0].ids) * 4 for s in self.attention]
+        heads = [
+            a.site.heads * a.site.grid[0] * a.site.grid[1] * max(len(t.ids) for t in self.tokens) * 4
+            for a in self.attention
+        ]
         return max(map(len, self.batches)) * (4 * per_step + max(heads, default=0))
 
     def rows(self, samples: Sequence[int]) -> list[dict[str, Any]]:
@@ -143,30 +148,40 @@ def plan(
     high, wide = _picture_size(family, height, width)
     named = _conditions(interventions, conditions)
     seed_list = _seeds(seeds)
-    _check_options(pipe, options or {})
-    times = timeline(pipe.scheduler, steps)
-    guided = family.guided(guidance)
+    _check_options(pipe, family, options or {})
+    arguments = run_call(family, steps, guidance, high, wide, table.columns["negative_prompt"], options or {})
+    times = timeline(pipe.scheduler, steps, schedule=family.schedule(arguments))
     for changes in named.values():
-        check_all(changes, times, table.columns, guided)
+        check_all(changes, times, table.columns, family.guided(arguments))
     samples, batches = _samples(table, named, seed_list, _batch_size(pipe, batch_size))
     return assemble(
         pipe, capture=capture, table=table, samples=samples, batches=batches, conditions=named, steps=steps,
-        guidance=guidance, height=high, width=wide, options=options,
+        guidance=guidance, height=high, width=wide, arguments=arguments, options=options,
     )  # fmt: skip
+
+
+def run_call(
+    family: Family, steps: int, guidance: float, height: int, width: int, negatives: Sequence[str],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the arguments of the pipeline's call that all samples of a run share, defaults filled in."""
+    asked = family.run_arguments(guidance, negatives, options, any(negatives))
+    return family.arguments({**asked, "num_inference_steps": steps, "height": height, "width": width})
 
 
 def assemble(
     pipe: Any, *, capture: Capture, table: PromptTable, samples: dict[str, list], batches: list[list[int]],
     conditions: dict[str, list[Intervention]], steps: int, guidance: float, height: int, width: int,
-    options: Mapping[str, Any] | None = None, columns: int = 0,
+    arguments: Arguments, options: Mapping[str, Any] | None = None, columns: int = 0,
 ) -> Plan:  # fmt: skip
     """Make the plan of samples that are known one by one; `plan` and `interp.record` end here.
 
-    `columns` is the least number of token columns: a run that will be appended to needs room for longer prompts.
+    `arguments` are those of the pipeline's call. `columns` is the least number of text positions to make room for:
+    a run that will be appended to may meet longer prompts.
     """
-    family, times = find_family(pipe), timeline(pipe.scheduler, steps)
-    n, tokenizer = len(samples["prompt"]), next(iter(family.text_encoders.values()))[0]
-    known = {text: tokenize(tokenizer, text) for text in {*samples["prompt"], *samples["negative_prompt"]}}
+    family, n = find_family(pipe), len(samples["prompt"])
+    times = timeline(pipe.scheduler, steps, schedule=family.schedule(arguments))
+    known = {text: family.tokenize(text, arguments) for text in {*samples["prompt"], *samples["negative_prompt"]}}
     tokens = [known[text] for text in samples["prompt"]]
     others = [known[text] for text in samples["negative_prompt"]]
     named = not isinstance(capture.tokens, str) and any(isinstance(t, str) for t in capture.tokens)
@@ -176,27 +191,27 @@ def assemble(
         else select_tokens(tokens, others, cast("str | tuple[int, ...]", capture.tokens), columns)
     )
     every = select_tokens(tokens, others, "all").table
-    attention = captured_attention(family, capture, height, width)
-    sites = captured_sites(family, capture, height, width)
-    reductions = captured_reductions(family, capture, height, width)
+    attention = captured_attention(family, capture, arguments)
+    sites = captured_sites(family, capture, arguments)
+    reductions = captured_reductions(family, capture, arguments)
     layout = Layout(
         samples=samples,
         groups=run_groups(
-            family, capture, times, selection.table, every, attention, sites, reductions, height, width, n
+            family, capture, times, selection.table, every, attention, sites, reductions, arguments, height, width, n
         ),
         attrs=run_attrs(pipe, family, capture, conditions, steps, guidance, height, width, dict(options or {})),
     )
-    guided = family.guided(guidance)
+    guided = family.guided(arguments)
     passes = {name: _passes(changes, times, guided) for name, changes in conditions.items()}
     made = Plan(
         layout, batches, capture, conditions, table, times, steps, guidance, height, width, attention, sites, reductions,
-        tokens, selection, sum(passes[name] for name in samples["condition"]), dict(options or {}),
+        tokens, selection, sum(passes[name] for name in samples["condition"]), dict(options or {}), dict(arguments),
     )  # fmt: skip
 
     def again(other: Capture) -> Plan:
         return assemble(
             pipe, capture=other, table=table, samples=samples, batches=batches, conditions=conditions, steps=steps,
-            guidance=guidance, height=height, width=width, options=options, columns=columns,
+            guidance=guidance, height=height, width=width, arguments=arguments, options=options, columns=columns,
         )  # fmt: skip
 
     check_budget(made, again)
@@ -209,13 +224,13 @@ def default_guidance(pipe: Any) -> float:
         from interp.scenes import DEFAULT_GUIDANCE
 
         return float(DEFAULT_GUIDANCE)
-    default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    default = inspect.signature(type(pipe).__call__).parameters.get(find_family(pipe).guidance_argument)
     return float(default.default) if default is not None else 1.0
 
 
-def _check_options(pipe: Any, options: Mapping[str, Any]) -> None:
+def _check_options(pipe: Any, family: Family, options: Mapping[str, Any]) -> None:
     """Pipelines swallow unknown arguments in **kwargs: a typo there would be silent."""
-    own = {"prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "height", "width", "generator"}
+    own = {"prompt", "negative_prompt", "num_inference_steps", "height", "width", "generator", family.guidance_argument}
     known = [n for n in inspect.signature(type(pipe).__call__).parameters if n not in own | {"self", "kwargs", "args"}]
     for name, value in options.items():
         if name in own:
@@ -244,8 +259,10 @@ def _seeds(seeds: Any) -> list[int]:
 def _picture_size(family: Family, height: int | None, width: int | None) -> tuple[int, int]:
     default = family.default_size()
     high, wide = height or default[0], width or default[1]
-    if high % 8 or wide % 8:
-        raise InterpError(f"a picture of {wide}×{high} pixels cannot be made: both sides must be multiples of 8")
+    if high % family.multiple or wide % family.multiple:
+        raise InterpError(
+            f"a picture of {wide}×{high} pixels cannot be made: both sides must be multiples of {family.multiple}"
+        )
     return high, wide
 
 

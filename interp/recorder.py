@@ -1,5 +1,6 @@
 """The recorder: what passes by in one batch becomes samples of a run store."""
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
@@ -7,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from interp.branches import split_rows
+from interp.capture import AttentionPart
 from interp.captured import UPDATE, ReduceCapture, SiteCapture, attention_groups, site_node
 from interp.clock import StepEnd
 from interp.errors import InterpError
@@ -16,7 +19,7 @@ from interp.hooks import At, DenoiserCall, HookRegistry, Prediction
 from interp.kernels import AttentionCall
 from interp.outbox import Outbox
 from interp.planning import Plan
-from interp.reduction import AttentionReducer
+from interp.reduction import AttentionReducer, Layer
 from interp.regions import Cells
 from interp.stores import RunWriter
 from interp.tokens import TokenSelection
@@ -50,23 +53,25 @@ class Recorder:
         self._kept = set(capture.chosen_steps(len(plan.timeline)))
         self._groups = attention_groups(plan.attention)
         observed = [*plan.attention, *(s for one in plan.reductions for s in one.layers)]
-        self._observed = {s.name: s for s in observed}
-        self._cells = {s.name: Cells(s.grid, *capture.chosen_cells(s.grid)) for s in observed}
+        self._observed = {one.name: one.site for one in observed}
+        self._cells = {n: Cells(s.grid, *capture.chosen_cells(s.grid)) for n, s in self._observed.items()}
         self._reducers = {
             name: AttentionReducer(
-                self._cells[members[0].name].size,
-                None if capture.heads == "mean" else capture.chosen_heads(members[0].heads),
-                None if members[0].kind == "self" else selection,
+                members[0].part,
+                members[0].site.grid if members[0].part == "text" else self._cells[members[0].name].size,
+                None if capture.heads == "mean" else capture.chosen_heads(members[0].site.heads),
+                None if members[0].part == "self" else selection,
                 getattr(torch, capture.dtype),
-                members[0].grid,
+                members[0].site.grid,
             )
             for name, members in self._groups.items()
         }
-        self._calls: dict[str, tuple[AttentionCall, DenoiserCall]] = {}
+        # kernel calls of the step, one a site, or one a site and branch if guidance takes a call per branch
+        self._calls: dict[str, list[tuple[AttentionCall, DenoiserCall]]] = defaultdict(list)
         self._values: dict[tuple[str, str], torch.Tensor] = {}
         self._noise: dict[str, torch.Tensor] = {}
         self._text: dict[str, torch.Tensor] = {}
-        self._evaluated: tuple[str, ...] = ()
+        self._evaluated: set[str] = set()
         self._passes = dict.fromkeys(BRANCHES, 0)
         self._final: torch.Tensor | None = None
         self._steps = 0
@@ -93,8 +98,7 @@ class Recorder:
 
     def _on_attention(self, kernel: AttentionCall, call: DenoiserCall) -> None:
         if call.step in self._kept and call.evaluation == 0 and kernel.call == 0:
-            kernel = replace(kernel, value=None)  # values are not needed, and large
-            self._calls[kernel.site] = (self._cells[kernel.site].crop(kernel), call)
+            self._calls[kernel.site].append((replace(kernel, value=None), call))  # values are not needed, and large
 
     def _on_site(self, wanted: SiteCapture, tensor: torch.Tensor, at: At) -> None:
         if at.step not in self._kept or at.evaluation or at.call or at.branch not in self.plan.capture.branches:
@@ -108,15 +112,15 @@ class Recorder:
         if call.step == 0 and call.evaluation == 0:
             states = self.hooks.family.text_inputs(call.kwargs).embeddings
             parts = split_rows(states, call.branches)
-            self._text = {b: t.detach().clone() for b, t in parts.items() if b in call.keep}
+            self._text |= {b: t.detach().clone() for b, t in parts.items() if b in call.keep}
 
     def _on_prediction(self, prediction: Prediction) -> None:
         for branch in prediction.outputs:
             self._passes[branch] += 1
         if prediction.call.evaluation == 0:
-            self._evaluated = tuple(prediction.outputs)
+            self._evaluated |= set(prediction.outputs)
             if self.plan.capture.noise_pred:
-                self._noise = {b: t.detach().clone() for b, t in prediction.outputs.items()}
+                self._noise |= {b: t.detach().clone() for b, t in prediction.outputs.items()}
 
     def _on_step(self, end: StepEnd) -> None:
         self._final = end.next_latents
@@ -127,13 +131,18 @@ class Recorder:
                 f"the pipeline runs more than the {len(self.plan.timeline)} steps that its scheduler announced; "
                 "record one call at a time, without changing the scheduler inside it"
             )
+        planned = float(self.plan.timeline.timestep[end.step])
+        if abs(end.timestep - planned) > 1e-3 * max(1.0, abs(planned)):
+            raise InterpError(
+                f"step {end.step} is at timestep {end.timestep:g}, but {planned:g} was planned; the scheduler was changed, or "
+                "the pipeline sets its timesteps in a way that its family does not know"
+            )
         self._steps += 1
         parcel: dict[str, torch.Tensor] = {}
         if self.plan.capture.latents:
             parcel["trajectory/latents"] = end.latents.float()
         if self.plan.capture.noise_pred:
-            channels = end.latents.shape[1]  # a model that also predicts its variance has twice as many
-            predicted = {b: t[:, :channels].float() for b, t in self._noise.items()}
+            predicted = {b: t.float() for b, t in self._noise.items()}
             parcel["trajectory/noise_pred"] = _branches(predicted, BRANCHES, end.latents.float())
         parcel["trajectory/guidance_scale"] = torch.full((len(self.samples),), self._applied_guidance())
         if end.step in self._kept:
@@ -141,56 +150,67 @@ class Recorder:
         self._calls.clear()
         self._values.clear()
         self._noise = {}
+        self._evaluated = set()
         self._outbox.send(parcel, self._append)
 
     def _applied_guidance(self) -> float:
         """The scale w of u + w·(c − u) that was really applied: 0 without text, 1 with text alone."""
-        if self._evaluated == ("uncond",):
+        if self._evaluated == {"uncond"}:
             return 0.0
-        if self._evaluated == ("cond",):
+        if self._evaluated == {"cond"}:
             return 1.0
-        return float(getattr(self.hooks.pipe, "guidance_scale", self.plan.guidance_scale))
+        return self.hooks.family.applied_guidance(self.plan.arguments)
 
     def _reduced(self) -> dict[str, torch.Tensor]:
         """Attention and module sites of the step that ends."""
         parcel, wanted = {}, self.plan.capture.branches
         for name, members in self._groups.items():
-            missing = [s.name for s in members if s.name not in self._calls]
+            missing = [one.name for one in members if one.name not in self._calls]
             if missing:
                 raise InterpError(
                     f"{missing[0]!r} did not run in this step, so its attention cannot be recorded; a cache that skips "
                     "blocks must be turned off (pipe.unet.disable_cache(), DeepCache and the like)"
                 )
-            kernels = [self._calls[s.name][0] for s in members]
-            call = self._calls[members[0].name][1]
+            layers = [self._layers(one) for one in members]
             parts = {
-                b: self._reducers[name](kernels, slice(i * call.samples, (i + 1) * call.samples))
-                for i, b in enumerate(call.branches)
-                if b in wanted
+                b: self._reducers[name]([layer[b][0] for layer in layers])
+                for b in wanted
+                if all(b in layer for layer in layers)
             }
             shape = self.plan.layout.arrays[f"{name}/probs"].shape[3:]
             like = torch.empty((len(self.samples), *shape), dtype=getattr(torch, self.plan.capture.dtype))
             parcel[f"{name}/probs"] = _branches(parts, wanted, like)
         for one in self.plan.reductions:
-            layers = [self._reduce_layer(one, site.name) for site in one.layers]
-            parcel[f"{site_node(one.name)}/value"] = torch.stack(layers, dim=2)
+            values = [self._reduce_layer(one, layer) for layer in one.layers]
+            parcel[f"{site_node(one.name)}/value"] = torch.stack(values, dim=2)
         for site in self.plan.sites:
             parts = {b: t.float() for (name, b), t in self._values.items() if name == site.site}
             like = torch.empty((len(self.samples), *site.shape))
             parcel[f"{site_node(site.site)}/value"] = _branches(parts, wanted, like)
         return parcel
 
-    def _reduce_layer(self, one: ReduceCapture, site: str) -> torch.Tensor:
+    def _layers(self, one: AttentionPart) -> dict[str, tuple[Layer, DenoiserCall]]:
+        """One layer's kernel call of each branch that was evaluated in the step."""
+        found, cells = {}, self._cells[one.name]
+        for kernel, call in self._calls[one.name]:
+            queries, keys = self.hooks.spans(kernel, call).part(one.part)
+            if not cells.all and one.part != "text":  # a region is one of the image's queries
+                kernel = cells.crop(kernel, queries.start)
+                queries = slice(0, len(cells.positions))
+            for i, branch in enumerate(call.branches):
+                rows = slice(i * call.samples, (i + 1) * call.samples)
+                found[branch] = (Layer(kernel, rows, queries, keys), call)
+        return found
+
+    def _reduce_layer(self, one: ReduceCapture, layer: AttentionPart) -> torch.Tensor:
         """Apply a user's reduction to one layer: (sample, branch, …)."""
-        if site not in self._calls:
-            raise InterpError(f"{site!r} did not run in this step, so {one.name!r} cannot be reduced from it")
-        kernel, call = self._calls[site]
-        rows = {b: slice(i * call.samples, (i + 1) * call.samples) for i, b in enumerate(call.branches)}
-        parts = {
-            b: one.fn(kernel.probabilities(rows[b]), call.at(f"{site}:probs", b)).detach().float()
-            for b in self.plan.capture.branches
-            if b in rows
-        }
+        if layer.name not in self._calls:
+            raise InterpError(f"{layer.name!r} did not run in this step, so {one.name!r} cannot be reduced from it")
+        parts = {}
+        for branch, (kept, call) in self._layers(layer).items():
+            if branch in self.plan.capture.branches:
+                probs = kept.probabilities()
+                parts[branch] = one.fn(probs, call.at(f"{layer.name}:probs", branch)).detach().float()
         return _branches(parts, self.plan.capture.branches, torch.empty((len(self.samples), *one.shape)))
 
     def _append(self, arrays: dict[str, np.ndarray]) -> None:
@@ -217,17 +237,28 @@ class Recorder:
             )
         final = self._final.detach().float().cpu().numpy()
         passes = np.array([self._passes[b] for b in BRANCHES])
-        encoder = next(iter(self.hooks.family.text_encoders))
-        text = {b: t.float().cpu() for b, t in self._text.items()}
+        text = self._text_states()
         for row, i in self._written:
             self.writer.put(i, "trajectory/final_latents", final[row])
             self.writer.put(i, "trajectory/nfe", passes)
-            if text:
-                states = _branches(text, BRANCHES, next(iter(text.values())))
-                self.writer.put(i, f"text/{encoder}/embeddings", states[row].numpy())
+            for name, states in text.items():
+                self.writer.put(i, name, states[row].numpy())
             if images is not None:
                 self.writer.put(i, "images/image", images[row])
             self.writer.commit(i)
+
+    def _text_states(self) -> dict[str, torch.Tensor]:
+        """Array → (sample, branch, token, feature), one a text encoder; unused positions are NaN."""
+        found: dict[str, torch.Tensor] = {}
+        for name, span in self.hooks.family.text_segments(self.plan.arguments).items():
+            if not self._text:
+                break
+            array = f"text/{name}/embeddings"
+            width = self.plan.layout.arrays[array].shape[2]
+            parts = {b: t[:, span].float().cpu() for b, t in self._text.items()}
+            parts = {b: F.pad(t, (0, 0, 0, width - t.shape[1]), value=float("nan")) for b, t in parts.items()}
+            found[array] = _branches(parts, BRANCHES, next(iter(parts.values())))
+        return found
 
 
 def _branches(parts: dict[str, torch.Tensor], wanted: Sequence[str], like: torch.Tensor) -> torch.Tensor:

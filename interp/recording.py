@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from interp.capture import Capture
-from interp.catalog import text_length
-from interp.errors import InterpError
+from interp.errors import InterpError, sentence_list
 from interp.families import find_family
 from interp.hooks import HookRegistry
 from interp.overriding import override_call
@@ -93,7 +92,7 @@ class Recording:
             capture = Capture(**{**{f: getattr(capture, f) for f in capture.__dataclass_fields__}, "image": False})
         plan, samples = self._next(_call_plan(pipe, capture, bound.arguments, self._condition))
         assert self._writer is not None
-        with HookRegistry(pipe) as hooks:
+        with HookRegistry(pipe) as hooks, hooks.pipeline_call(run, args, kwargs):
             recorder = Recorder(hooks, self._writer, plan, samples)
             recorder.begin()
             output = run(*args, **kwargs)
@@ -165,6 +164,14 @@ def _call_plan(pipe: Any, capture: Capture, arguments: dict[str, Any], condition
         raise InterpError(
             "interp.record follows whole sampling runs; custom timesteps, sigmas and image-to-image are not supported yet"
         )
+    others = [
+        n for n in arguments if n.startswith(("prompt_", "negative_prompt_")) and n[-1].isdigit() and arguments[n]
+    ]
+    if others:
+        raise InterpError(
+            f"interp.record labels the tokens of one prompt, but the call gives {sentence_list(others)} beside it; leave "
+            "them out"
+        )
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negative = arguments.get("negative_prompt") or ""
     negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
@@ -172,10 +179,12 @@ def _call_plan(pipe: Any, capture: Capture, arguments: dict[str, Any], condition
     generator = arguments.get("generator")
     generators = generator if isinstance(generator, list) else [generator] * len(prompts) * per
     order = [p for p in range(len(prompts)) for _ in range(per)]
-    height, width = pipe_size(pipe, arguments)
+    family = find_family(pipe)
+    default = family.default_size()
     return assemble(
         pipe,
-        columns=text_length(find_family(pipe)) + 1,  # later calls may have longer prompts
+        columns=family.text_length(arguments),  # later calls may have longer prompts
+        arguments=arguments,
         capture=capture,
         table=PromptTable({"prompt": prompts, "negative_prompt": negatives}),
         samples={
@@ -189,13 +198,7 @@ def _call_plan(pipe: Any, capture: Capture, arguments: dict[str, Any], condition
         batches=[list(range(len(order)))],
         conditions={condition: []},
         steps=int(arguments["num_inference_steps"]),
-        guidance=float(arguments["guidance_scale"]),
-        height=height,
-        width=width,
+        guidance=float(arguments.get(family.guidance_argument) or 1),
+        height=int(arguments.get("height") or default[0]),
+        width=int(arguments.get("width") or default[1]),
     )
-
-
-def pipe_size(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
-    """Return (height, width) in pixels of a pipeline call."""
-    default = find_family(pipe).default_size()
-    return int(arguments.get("height") or default[0]), int(arguments.get("width") or default[1])

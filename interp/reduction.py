@@ -1,8 +1,8 @@
 """From query and key to what a run keeps: softmax once per group of equally shaped layers, then selection, on the device."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from interp.kernels import AttentionCall
@@ -12,90 +12,128 @@ CHUNK_BYTES = 256 * 2**20
 """Float32 probabilities formed at once: bounds the memory whatever the model's size."""
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One layer's kernel call: which rows are the branch's, which queries and keys the part that is kept."""
+
+    call: AttentionCall
+    rows: slice
+    queries: slice
+    keys: slice
+
+    def probabilities(self) -> torch.Tensor:
+        """Probabilities of the part: (sample, head, query, key)."""
+        return self.call.probabilities(self.rows, self.queries)[..., self.keys]
+
+
 class AttentionReducer:
-    """Reduce one grid's kernel calls of a step to (sample, layer, head, token, query_y, query_x).
+    """Reduce one grid's kernel calls of a step and branch to (sample, layer, head, token, query_y, query_x).
 
     Args:
-        grid: (height, width) of the query positions.
+        part: `cross` (image → text), `self` (image → image), `text` (text → image).
+        grid: (height, width) of the image positions.
         heads: Head indices to keep, or None for the mean over all.
-        selection: Token columns of the batch's samples; None for self-attention, which keeps all keys and gives
-            (sample, layer, head, query_y, query_x, key_y, key_x).
+        selection: Token columns of the batch's samples; None for `self`, which keeps all keys and gives
+            (sample, layer, head, query_y, query_x, key_y, key_x). `text` gives (…, token, key_y, key_x).
         dtype: Of the result.
         keys: (height, width) of the key positions of self-attention; default is `grid`.
     """
 
     def __init__(
         self,
+        part: str,
         grid: tuple[int, int],
         heads: list[int] | None,
         selection: TokenSelection | None,
         dtype: torch.dtype,
         keys: tuple[int, int] | None = None,
     ) -> None:
-        self.grid, self.heads, self.dtype, self.keys = grid, heads, dtype, keys or grid
+        self.part, self.grid, self.heads, self.dtype, self.keys = part, grid, heads, dtype, keys or grid
         self._positions = None if selection is None else torch.from_numpy(selection.positions)
         pads = None if selection is None else selection.pads
         self._pads = None if pads is None else torch.from_numpy(pads)
 
-    def __call__(self, calls: Sequence[AttentionCall], rows: slice) -> torch.Tensor:
-        """Reduce the calls of all layers, in order; `rows` are one branch's."""
-        reduced: list[torch.Tensor | None] = [None] * len(calls)
-        for members in _alike(calls):
-            for part in _chunks(calls, members, rows):
-                probs = _probabilities([calls[i] for i in part], rows)  # (layer, sample, head, query, key)
-                probs = probs.mean(2, keepdim=True) if self.heads is None else probs[:, :, self.heads]
+    def __call__(self, layers: Sequence[Layer]) -> torch.Tensor:
+        """Reduce all layers of a branch, in order."""
+        reduced: list[torch.Tensor | None] = [None] * len(layers)
+        for members in _alike(layers):
+            for part in _chunks(layers, members):
+                blocks = []
+                for queries in _blocks(layers[part[0]]):
+                    probs = _probabilities([replace(layers[i], queries=queries) for i in part])
+                    blocks.append(probs.mean(2, keepdim=True) if self.heads is None else probs[:, :, self.heads])
+                probs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)  # (layer, sample, head, query, key)
                 for i, layer in zip(part, self._tokens(probs), strict=True):
                     reduced[i] = layer.to(self.dtype)
-        stacked = torch.stack([r for r in reduced if r is not None], dim=1)  # (sample, layer, head, token, query)
+        stacked = torch.stack([r for r in reduced if r is not None], dim=1)  # (sample, layer, head, token, position)
         height, width = self.grid
-        if self._positions is None:
+        if self.part == "self":
             return stacked.unflatten(-1, self.keys).unflatten(-3, (height, width))
         return stacked.unflatten(-1, (height, width))
 
     def _tokens(self, probs: torch.Tensor) -> torch.Tensor:
-        """Select keys: (layer, sample, head, query, key) → (layer, sample, head, token, query)."""
+        """Select tokens: (layer, sample, head, query, key) → (layer, sample, head, token, image position)."""
         if self._positions is None:
             return probs
-        layers, _, heads, queries, _ = probs.shape
+        if self.part == "cross":
+            probs = probs.transpose(-1, -2)
+        layers, _, heads, length, image = probs.shape
         positions = self._positions.to(probs.device)
-        index = positions.clamp(min=0)[None, :, None, None, :].expand(layers, -1, heads, queries, -1)
-        columns = probs.gather(-1, index)
-        columns = columns.masked_fill((positions < 0)[None, :, None, None, :], float("nan"))
+        unused = (positions < 0) | (positions >= length)  # the branch without text may be shorter
+        index = positions.clamp(0, length - 1)[None, :, None, :, None].expand(layers, -1, heads, -1, image)
+        columns = probs.gather(-2, index).masked_fill(unused[None, :, None, :, None], float("nan"))
         if self._pads is not None:
-            pads = self._pads.to(probs.device)
-            summed = (probs * pads[None, :, None, None, :]).sum(-1)
-            summed = summed.masked_fill(~pads.any(-1)[None, :, None, None], float("nan"))
-            columns = torch.cat([columns[..., :-1], summed[..., None]], dim=-1)
-        return columns.transpose(-1, -2)
+            pads = torch.nn.functional.pad(self._pads, (0, length - self._pads.shape[-1])).to(probs.device)
+            summed = (probs * pads[None, :, None, :, None]).sum(-2, keepdim=True)
+            summed = summed.masked_fill(~pads.any(-1)[None, :, None, None, None], float("nan"))
+            columns = torch.cat([columns[..., :-1, :], summed], dim=-2)
+        return columns
 
 
-def _probabilities(calls: Sequence[AttentionCall], rows: slice) -> torch.Tensor:
+def _probabilities(layers: Sequence[Layer]) -> torch.Tensor:
     """Softmax of equally shaped layers in one go: (layer, sample, head, query, key)."""
-    if len(calls) == 1 or any(c.probs is not None or c.mask is not None or c.causal for c in calls):
-        return torch.stack([c.probabilities(rows) for c in calls])
-    query = torch.stack([c.query[rows] for c in calls if c.query is not None])
-    key = torch.stack([c.key[rows] for c in calls if c.key is not None])
-    return (
-        AttentionCall("", query.flatten(0, 1), key.flatten(0, 1), scale=calls[0].scale)
-        .probabilities()
-        .unflatten(0, (len(calls), -1))
+    first = layers[0]
+    alone = len(layers) == 1 or any(
+        one.call.probs is not None or one.call.mask is not None or one.call.causal for one in layers
     )
+    if alone:
+        return torch.stack([one.probabilities() for one in layers])
+    query = torch.stack([one.call.query[one.rows][:, :, one.queries] for one in layers if one.call.query is not None])
+    key = torch.stack([one.call.key[one.rows] for one in layers if one.call.key is not None])
+    probs = AttentionCall("", query.flatten(0, 1), key.flatten(0, 1), scale=first.call.scale).probabilities()
+    return probs[..., first.keys].unflatten(0, (len(layers), -1))
 
 
-def _alike(calls: Sequence[AttentionCall]) -> list[list[int]]:
+def _alike(layers: Sequence[Layer]) -> list[list[int]]:
     """Sort layer numbers by the shapes and scale of their calls."""
     groups: dict[object, list[int]] = {}
-    for i, c in enumerate(calls):
-        shape = i if c.query is None or c.key is None else (c.query.shape, c.key.shape, c.scale)
+    for i, one in enumerate(layers):
+        c = one.call
+        cut = tuple((s.start, s.stop) for s in (one.rows, one.queries, one.keys))
+        shape = i if c.query is None or c.key is None else (c.query.shape, c.key.shape, c.scale, cut)
         groups.setdefault(shape, []).append(i)
     return list(groups.values())
 
 
-def _chunks(calls: Sequence[AttentionCall], members: list[int], rows: slice) -> list[list[int]]:
-    first = calls[members[0]]
-    if first.query is None or first.key is None:
+def _chunks(layers: Sequence[Layer], members: list[int]) -> list[list[int]]:
+    """Split layers so that the probabilities formed at once stay within CHUNK_BYTES."""
+    first = layers[members[0]]
+    if first.call.query is None:
         return [[i] for i in members]
-    samples = len(range(*rows.indices(first.query.shape[0])))
-    each = 4 * samples * int(np.prod(first.query.shape[1:3])) * first.key.shape[-2]
-    count = max(1, CHUNK_BYTES // max(1, each))
+    count = max(1, CHUNK_BYTES // max(1, _bytes_per_query(first) * (first.queries.stop - first.queries.start)))
     return [members[i : i + count] for i in range(0, len(members), count)]
+
+
+def _blocks(layer: Layer) -> list[slice]:
+    """Split a layer's queries, where a single layer has more probabilities than CHUNK_BYTES."""
+    start, stop = layer.queries.start, layer.queries.stop
+    if layer.call.query is None:
+        return [layer.queries]
+    step = max(1, CHUNK_BYTES // max(1, _bytes_per_query(layer)))
+    return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
+
+
+def _bytes_per_query(layer: Layer) -> int:
+    query, key = layer.call.query, layer.call.key
+    assert query is not None and key is not None
+    return 4 * (layer.rows.stop - layer.rows.start) * int(query.shape[1]) * int(key.shape[-2])

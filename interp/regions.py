@@ -31,13 +31,11 @@ class Cells:
         """Flat positions, row by row."""
         return np.arange(self.grid[0] * self.grid[1]).reshape(self.grid)[self.rows, self.columns].ravel()
 
-    def crop(self, call: AttentionCall) -> AttentionCall:
-        """Return the kernel call with these queries alone."""
-        if self.all:
-            return call
+    def crop(self, call: AttentionCall, start: int = 0) -> AttentionCall:
+        """Return the kernel call with these queries alone; the grid's first position is the query `start`."""
         some = call.probs if call.probs is not None else call.query
         assert some is not None
-        index = torch.from_numpy(self.positions).to(some.device)
+        index = torch.from_numpy(start + self.positions).to(some.device)
         mask = call.mask
         if mask is not None and mask.shape[-2] > 1:
             mask = mask.index_select(-2, index)

@@ -6,26 +6,27 @@ from weakref import WeakKeyDictionary
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from interp.families import Family
+from interp.families import Arguments, Family
 from interp.hooks import At, HookRegistry
 from interp.undressing import undressed
 
 _KNOWN: WeakKeyDictionary[torch.nn.Module, dict[tuple, dict[str, tuple[int, ...]]]] = WeakKeyDictionary()
 
 
-def site_shapes(family: Family, sites: Sequence[str], height: int, width: int) -> dict[str, tuple[int, ...]]:
+def site_shapes(family: Family, sites: Sequence[str], arguments: Arguments) -> dict[str, tuple[int, ...]]:
     """Return one sample's shape at each site (`path:quantity`); sites that do not run in a plain call are left out."""
     denoiser = family.denoiser
     known = _KNOWN.setdefault(denoiser, {})
-    key = (height, width, *sites, *(id(m) for m in denoiser.modules()))  # LoRA and the like exchange modules
+    shape = (*family.latent_shape(arguments), family.text_length(arguments))
+    key = (*shape, *sites, *(id(m) for m in denoiser.modules()))  # LoRA and the like exchange modules
     if key not in known:
         if len(known) > 8:
             known.clear()
-        known[key] = _met(family, sites, height, width)
+        known[key] = _met(family, sites, arguments)
     return dict(known[key])
 
 
-def _met(family: Family, sites: Sequence[str], height: int, width: int) -> dict[str, tuple[int, ...]]:
+def _met(family: Family, sites: Sequence[str], arguments: Arguments) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
 
     def meet(tensor: torch.Tensor, at: At) -> None:
@@ -36,5 +37,5 @@ def _met(family: Family, sites: Sequence[str], height: int, width: int) -> dict[
             hooks.read(site, meet)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with fake, torch.no_grad(), torch.device(str(family.denoiser.device)):
-            hooks.rehearse(family.dry_inputs(height, width))
+            hooks.rehearse(family.dry_inputs(arguments))
     return shapes

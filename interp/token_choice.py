@@ -46,10 +46,10 @@ def choose_tokens(
             )
     columns = max(*(len(k) + summed for k in kept), width, 1)
     positions = np.full((len(cond), columns), -1)
-    pads = np.zeros((len(cond), len(cond[0].ids)), bool)
+    pads = np.zeros((len(cond), max(len(t.ids) for t in cond)), bool)
     for i, (found, tokens) in enumerate(zip(kept, cond, strict=True)):
         positions[i, : len(found)] = found
-        pads[i] = [role == "pad" and p not in found for p, role in enumerate(tokens.role)]
+        pads[i, : len(tokens.role)] = [role == "pad" and p not in found for p, role in enumerate(tokens.role)]
     sums = pads if summed else None
     return TokenSelection(positions, sums, label_columns(list(cond), list(uncond), positions, sums))
 

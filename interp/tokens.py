@@ -14,9 +14,11 @@ WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")
 
 @dataclass(frozen=True)
 class Tokens:
-    """One tokenised prompt, all positions: ids, their text, role (`bos` `word` `eos` `pad`) and word index or -1.
+    """One tokenised prompt, all positions: ids, their text, role and word index or -1.
 
-    `eos` is the position of the first end-of-text token; everything after it is padding, whatever id pads.
+    Roles: `bos`, `word`, `eos` (the first of each encoder), `pad`, and `template` for the fixed words that some models
+    put around a prompt. `eos` is the position of the first end-of-text token; everything after it is padding, whatever
+    id pads.
     """
 
     ids: list[int]
@@ -26,43 +28,89 @@ class Tokens:
     words: list[str]
     eos: int
 
+    def part(self, positions: slice) -> "Tokens":
+        """Return some positions as tokens of their own: one encoder's of several that follow each other."""
+        role = self.role[positions]
+        eos = role.index("eos") if "eos" in role else len(role)
+        return Tokens(self.ids[positions], self.text[positions], role, self.word[positions], self.words, eos)
 
-def tokenize(tokenizer: Any, prompt: str) -> Tokens:
+
+def join(first: Tokens, *others: Tokens) -> Tokens:
+    """Put the tokens of several encoders after each other; a word is one word in all of them."""
+    every = (first, *others)
+    return Tokens(
+        [i for t in every for i in t.ids], [x for t in every for x in t.text], [r for t in every for r in t.role],
+        [w for t in every for w in t.word], first.words, first.eos,
+    )  # fmt: skip
+
+
+def tokenize(
+    tokenizer: Any, prompt: str, length: int | None = None, *, prefix: str = "", suffix: str = "", pad: bool = True
+) -> Tokens:
     """Tokenise a prompt to the encoder's full length.
 
     Words are runs of letters and digits (hyphens and apostrophes inside belong to the word) or of punctuation; a
     token belongs to the word that its characters lie in. EOS is found by position, never by id: Stable Diffusion 1
     pads with EOS, 2 with "!".
 
+    Args:
+        tokenizer: A transformers tokenizer that tells offsets.
+        prompt: The text.
+        length: Positions of the context; default is the tokenizer's own.
+        prefix, suffix: The model's template around the prompt; its tokens get the role `template`.
+        pad: Fill the context with padding.
+
     Raises:
         InterpError: the prompt is longer than the context; the words that would be cut are named.
     """
-    length = int(tokenizer.model_max_length)
-    free = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    spans = [tuple(span) for span in free["offset_mapping"]]
-    words = [(m.group(), m.span()) for m in WORD.finditer(prompt)]
-    room = length - 2
-    if len(spans) > room:
-        start = spans[room][0]
-        cut = prompt[next((a for _, (a, b) in words if b > start), start) :]
-        raise InterpError(
-            f"the prompt has {len(spans)} tokens, but the text encoder takes {room}; these words would be cut: {cut!r}; "
-            "shorten the prompt"
-        )
-    ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True)["input_ids"]
-    count = len(spans)
-    eos = count + 1
-    owner = [_word_at(span, words) for span in spans]
-    pads = length - eos - 1
+    length = int(tokenizer.model_max_length if length is None else length)
+    special = list(tokenizer("")["input_ids"])  # what the tokenizer puts around any text
+    lead = int(bool(special) and special[0] == tokenizer.bos_token_id)
+    text = prefix + prompt + suffix
+    free = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    inner, spans = list(free["input_ids"]), [_stripped(text, *span) for span in free["offset_mapping"]]
+    start, stop = len(prefix), len(prefix) + len(prompt)
+    words = [(m.group(), (m.start() + start, m.end() + start)) for m in WORD.finditer(prompt)]
+    _check_length(prompt, spans, words, length - len(special), start)
+    role = ["template" if (prefix and b <= start) or (suffix and a >= stop) else "word" for a, b in spans]
+    eos = lead + len(inner)
+    count = length - eos - len(special) + lead if pad else 0
+    ids = [*special[:lead], *inner, *special[lead:], *[tokenizer.pad_token_id] * count]
+    ends = len(special) - lead
     eos_text, pad_text = str(tokenizer.eos_token), str(tokenizer.pad_token)
+    if count and tokenizer.padding_side != "right":
+        raise InterpError(
+            f"{type(tokenizer).__name__} pads on the left, so the positions of its tokens are unknown here"
+        )
     return Tokens(
-        ids=list(ids),
-        text=[str(tokenizer.bos_token), *(prompt[a:b] for a, b in spans), eos_text, *[pad_text] * pads],
-        role=["bos", *["word"] * count, "eos", *["pad"] * pads],
-        word=[-1, *owner, -1, *[-1] * pads],
+        ids=ids,
+        text=[*[str(tokenizer.bos_token)] * lead, *(text[a:b] for a, b in spans), *[eos_text] * ends, *[pad_text] * count],
+        role=[*["bos"] * lead, *role, *["eos"] * ends, *["pad"] * count],
+        word=[*[-1] * lead, *(_word_at(s, words) if r == "word" else -1 for s, r in zip(spans, role, strict=True)),
+              *[-1] * (ends + count)],
         words=[w for w, _ in words],
         eos=eos,
+    )  # fmt: skip
+
+
+def _check_length(
+    prompt: str, spans: list[tuple[int, int]], words: list[tuple[str, tuple[int, int]]], room: int, start: int
+) -> None:
+    if len(spans) <= room:
+        return
+    at = spans[room][0]
+    cut = prompt[next((a for _, (a, b) in words if b > at), at) - start :]
+    raise InterpError(
+        f"the prompt has {len(spans)} tokens, but the text encoder takes {room}; these words would be cut: {cut!r}; "
+        "shorten the prompt"
     )
+
+
+def _stripped(text: str, a: int, b: int) -> tuple[int, int]:
+    """Leave the space before a word out of its token's characters (T5 and GPT tokenizers count it in)."""
+    while a < b and text[a].isspace():
+        a += 1
+    return (a, b)
 
 
 def _word_at(span: tuple[int, int], words: list[tuple[str, tuple[int, int]]]) -> int:
@@ -89,24 +137,29 @@ def select_tokens(
     Args:
         cond, uncond: Tokenised prompts and negative prompts, one a sample.
         tokens: `"prompt"`, `"all"` or positions.
-        width: Make at least this many columns (a run that is appended to has its width already).
+        width: Make room for this many positions (a run that is appended to may meet longer prompts).
     """
-    n, length = len(cond), len(cond[0].ids)
+    n, length = len(cond), max(len(t.ids) for t in cond)
     pads = None
     if tokens == "prompt":
-        used = [t.eos + 1 for t in cond]
-        columns = max(max(used) + 1, width)
+        used = [[p for p, role in enumerate(t.role) if role != "pad"] for t in cond]
+        columns = max(*map(len, used), width) + 1
         positions = np.full((n, columns), -1)
         pads = np.zeros((n, length), bool)
-        for i, count in enumerate(used):
-            positions[i, :count] = np.arange(count)
-            pads[i, count:] = True
+        for i, kept in enumerate(used):
+            positions[i, : len(kept)] = kept
+            pads[i, : len(cond[i].ids)] = True
+            pads[i, kept] = False
     else:
         wanted = range(length) if tokens == "all" else tokens
         wrong = [p for p in wanted if not 0 <= int(p) < length]
         if wrong:
             raise InterpError(f"Capture(tokens={list(wanted)}): the text has positions 0–{length - 1}")
         positions = np.tile(np.asarray(wanted, int), (n, 1))
+        lengths = np.asarray([len(t.ids) for t in cond])
+        positions[positions >= lengths[:, None]] = -1
+        if tokens == "all" and width > positions.shape[1]:
+            positions = np.pad(positions, ((0, 0), (0, width - positions.shape[1])), constant_values=-1)
     return TokenSelection(positions, pads, label_columns(cond, uncond, positions, pads))
 
 
@@ -120,14 +173,12 @@ def label_columns(
     for i, (mine, theirs) in enumerate(zip(cond, uncond, strict=True)):
         for column, p in enumerate(positions[i]):
             if p >= 0:
-                text[i, column], role[i, column], other[i, column] = (
-                    mine.text[p],
-                    mine.role[p],
-                    theirs.text[p],
-                )
+                text[i, column], role[i, column] = mine.text[p], mine.role[p]
+                other[i, column] = theirs.text[p] if p < len(theirs.text) else ""
                 ids[i, column], word[i, column], count[i, column] = mine.ids[p], mine.word[p], 1
         if pads is not None and pads[i].any():
             p = int(np.argmax(pads[i]))
-            text[i, -1], role[i, -1], other[i, -1] = mine.text[p], "pad", theirs.text[p]
+            text[i, -1], role[i, -1] = mine.text[p], "pad"
+            other[i, -1] = theirs.text[p] if p < len(theirs.text) else ""
             ids[i, -1], count[i, -1] = mine.ids[p], int(pads[i].sum())
     return TokenTable(text=text, id=ids, role=role, word=word, count=count, text_uncond=other)

@@ -133,8 +133,9 @@ def run_batch(
     changes = planned.conditions[columns["condition"][batch[0]]]
     with HookRegistry(pipe) as hooks:
         context = Batch(
-            planned.rows(batch), [planned.tokens[i] for i in batch], planned.timeline, planned.guidance_scale
-        )
+            planned.rows(batch), [planned.tokens[i] for i in batch], planned.timeline, planned.guidance_scale,
+            planned.arguments,
+        )  # fmt: skip
         attach_all(changes, hooks, context)
         recorder = Recorder(hooks, writer, planned, batch, waiting, places)
         recorder.begin()
@@ -145,17 +146,17 @@ def run_batch(
 def call_arguments(pipe: Any, planned: Plan, batch: Sequence[int]) -> dict[str, Any]:
     """Return the arguments of the pipeline's own call for some samples of a plan: what an untraced call would get."""
     columns = planned.layout.samples
-    arguments: dict[str, Any] = {
+    family = find_family(pipe)
+    negatives = [columns["negative_prompt"][i] for i in batch]
+    asked = family.run_arguments(
+        planned.guidance_scale, negatives, planned.options, any_negative=any(columns["negative_prompt"])
+    )
+    return {
         "prompt": [columns["prompt"][i] for i in batch],
         "num_inference_steps": planned.steps,
-        "guidance_scale": planned.guidance_scale,
         "height": planned.height,
         "width": planned.width,
         "generator": [torch.Generator("cpu").manual_seed(columns["seed"][i]) for i in batch],
         "output_type": "pil" if planned.capture.image else "latent",
+        **asked,
     }
-    # XL zeroes the branch without text when no negative prompt is given, and encodes "" when one is: decided for the
-    # run as a whole, so that a sample does not depend on its batch.
-    if find_family(pipe).guided(planned.guidance_scale) and any(columns["negative_prompt"]):
-        arguments["negative_prompt"] = [columns["negative_prompt"][i] for i in batch]
-    return {**arguments, **planned.options}

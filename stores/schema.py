@@ -1,7 +1,7 @@
 """What a run is to hold: `Layout`, `Group`, `Array` and the builders that alone know dims and dtypes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,14 @@ class TokenTable:
             for name, value in found.items()
             if value is not None
         }
+
+    def columns(self, span: slice) -> "TokenTable":
+        """Return the table of some columns."""
+        parts = {
+            name: None if values is None else np.asarray(values)[:, span]
+            for name, values in ((f.name, getattr(self, f.name)) for f in fields(self))
+        }
+        return TokenTable(**parts)
 
     @property
     def width(self) -> int:

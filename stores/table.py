@@ -23,7 +23,7 @@ TOKEN_FILL: dict[str, str | int] = {
 }
 """The columns of a token table, and what stands in a column that a short prompt does not use."""
 
-ROLES = ("bos", "word", "eos", "pad")
+ROLES = ("bos", "word", "eos", "pad", "template")
 SCORES_NODE = "scores"
 
 
@@ -108,7 +108,11 @@ def _tokens(node: str, *, always: bool = True) -> tuple[Variable, ...]:
     meanings = {
         "token_text": (_STR, "text of the token; empty for an unused column", True),
         "token_id": (_I4, "id in the tokenizer's vocabulary; -1 unused", True),
-        "token_role": (_STR, "`bos`, `word`, `eos` (the first), `pad`; empty for an unused column", True),
+        "token_role": (
+            _STR,
+            "`bos`, `word`, `eos` (the first), `pad`, `template` (fixed words around a prompt); empty for an unused column",
+            True,
+        ),
         "token_word": (_I4, "which word of the prompt the token belongs to, from 0; -1 none", True),
         "token_count": (_I4, "how many tokens the column sums; more than 1 for padding, 0 unused", True),
         "token_text_uncond": (_STR, "text of the `uncond` branch's token in this column", False),

@@ -1,5 +1,27 @@
 """Model families: the facts about a pipeline that must be known, never guessed."""
 
-from interp.families.base import AttentionSite, EncodedPrompt, Family, find_family
+from interp.families.base import (
+    PARTS,
+    Arguments,
+    AttentionSite,
+    DenoiserInputs,
+    EncodedPrompt,
+    Family,
+    Pass,
+    Spans,
+    families,
+    find_family,
+)
 
-__all__ = ["AttentionSite", "EncodedPrompt", "Family", "find_family"]
+__all__ = [
+    "PARTS",
+    "Arguments",
+    "AttentionSite",
+    "DenoiserInputs",
+    "EncodedPrompt",
+    "Family",
+    "Pass",
+    "Spans",
+    "families",
+    "find_family",
+]

@@ -1,22 +1,34 @@
 """What a model family knows: where attention is, in which order branches come, how a prompt becomes tokens.
 
 A family is a class with a `matches(pipe)` static method, found through the entry-point group `interp.families`.
+Most methods have an answer that fits most pipelines; `docs/families.md` tells how one is added.
+
+Two dictionaries come up everywhere. *arguments* are those of the pipeline's call (`height`, `guidance_scale`, …),
+defaults filled in; *kwargs* are those of one denoiser call inside it.
 """
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
+from interp.branches import keep_rows, stack_rows
+from interp.compiling import plain
 from interp.errors import InterpError, sentence_list
+from interp.tokens import Tokens, tokenize
+
+Arguments = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class AttentionSite:
     """One attention module: its name without quantity, e.g. `unet.mid_block.attentions.0.transformer_blocks.0.attn2`.
 
-    kind: `cross` (image → text) or `self` (image → image); grid: (height, width) of the query positions.
+    kind: `cross` (image → text), `self` (image → image) or `joint` (one softmax over text and image); grid: (height,
+    width) of the image positions.
     """
 
     name: str
@@ -27,25 +39,78 @@ class AttentionSite:
 
 
 @dataclass(frozen=True)
+class Spans:
+    """Where image and text lie among the queries and keys of one kernel call; None where a side holds none."""
+
+    image_queries: slice | None = None
+    text_queries: slice | None = None
+    image_keys: slice | None = None
+    text_keys: slice | None = None
+
+    def part(self, part: str) -> tuple[slice, slice]:
+        """Return the queries and keys of `cross` (image → text), `self` (image → image) or `text` (text → image)."""
+        queries = self.text_queries if part == "text" else self.image_queries
+        keys = self.text_keys if part == "cross" else self.image_keys
+        if queries is None or keys is None:
+            raise InterpError(f"this attention has no part {part!r}: it holds {self}")
+        return queries, keys
+
+
+PARTS = {"cross": ("cross",), "self": ("self",), "joint": ("cross", "self", "text")}
+"""Kind of a site → the parts of its probabilities that a run can keep, the first one being what a glob means."""
+
+
+@dataclass(frozen=True)
 class EncodedPrompt:
-    """Text states as the denoiser receives them: embeddings (sample, token, feature), pooled (sample, feature)."""
+    """Text states as the denoiser receives them.
+
+    embeddings (sample, token, feature); pooled (sample, feature); mask (sample, token), 1 where a token is attended to.
+    """
 
     embeddings: torch.Tensor
     pooled: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class DenoiserInputs:
-    """Shapes of one denoiser call, enough for a dry run without computing anything."""
+    """Arguments of one denoiser call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A denoiser call that is about to run, as a family needs it to tell the branches.
+
+    arguments: of the pipeline's call, None if it began before the registry was entered; context: the name that the
+    pipeline gave the call (`cache_context`), or None; index: denoiser calls since the last `scheduler.step`.
+    """
+
+    arguments: Arguments | None
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    context: str | None
+    index: int
 
 
 class Family(ABC):
     """The facts about one pipeline object. Subclass it, and name the class in the group `interp.families`."""
 
     name: ClassVar[str]
+    root: ClassVar[str] = "transformer"
+    """The pipeline's attribute that holds the denoiser proper."""
+    sequential: ClassVar[bool] = False
+    """Guidance calls the denoiser once per branch; otherwise branches are rows of one call."""
+    shared: ClassVar[frozenset[str]] = frozenset()
+    """Denoiser arguments that all rows share (rotary tables and the like): dropping a branch leaves them alone."""
+    fallback: ClassVar[bool] = False
+    """Chosen only if no other family matches."""
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    """The pipeline's argument that holds the scale w of u + w·(c − u)."""
+    multiple: int = 8
+    """Both sides of a picture are multiples of this many pixels."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -55,55 +120,194 @@ class Family(ABC):
     def matches(pipe: Any) -> bool:
         """Tell whether this family describes `pipe`."""
 
-    @property
-    @abstractmethod
-    def denoisers(self) -> dict[str, torch.nn.Module]:
-        """Modules called once per evaluation with all branches as rows; the first is the denoiser proper."""
+    # Modules
 
     @property
-    def denoiser(self) -> torch.nn.Module:
+    def denoisers(self) -> dict[str, torch.nn.Module]:
+        """Modules called once per evaluation with the same rows; the first is the denoiser proper."""
+        return {self.root: plain(getattr(self.pipe, self.root))}
+
+    @property
+    def denoiser(self) -> Any:
         """The denoiser proper."""
         return next(iter(self.denoisers.values()))
 
     @property
-    @abstractmethod
     def text_encoders(self) -> dict[str, tuple[Any, torch.nn.Module]]:
         """Name → (tokenizer, encoder), in the order in which the pipeline uses them."""
-
-    @abstractmethod
-    def branches(self) -> tuple[str, ...]:
-        """Branches in row order of the running call, e.g. ("uncond", "cond"); read while the pipeline runs."""
-
-    @abstractmethod
-    def guided(self, guidance_scale: float) -> bool:
-        """Tell whether a call with this guidance scale evaluates the branch without text."""
+        found = {}
+        for end in ("", "_2", "_3"):
+            tokenizer, encoder = (getattr(self.pipe, f"{kind}{end}", None) for kind in ("tokenizer", "text_encoder"))
+            if tokenizer is not None and encoder is not None:
+                found[f"text_encoder{end}"] = (tokenizer, encoder)
+        return found
 
     @abstractmethod
     def attention_sites(self) -> list[AttentionSite]:
         """All attention modules of the denoiser, in the order in which they run, without grids."""
 
+    def output_index(self, path: str) -> int:
+        """Which element of a module's tuple output is the image's; blocks of two streams often give the text first."""
+        return 0
+
+    # The pipeline's call
+
+    def arguments(self, given: Arguments | None = None) -> dict[str, Any]:
+        """Return the arguments of a pipeline call: those given, defaults for the rest."""
+        signature = inspect.signature(type(self.pipe).__call__)
+        defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
+        return {**defaults, **{n: v for n, v in (given or {}).items() if v is not None}}
+
+    def run_arguments(
+        self, guidance_scale: float, negative_prompts: Sequence[str], options: Arguments, any_negative: bool
+    ) -> dict[str, Any]:
+        """Return the arguments with which a run asks for guidance and negative prompts; `options` are the user's own.
+
+        any_negative: some sample of the run has a negative prompt. Some pipelines treat "" and none differently (XL
+        zeroes the states), so this is decided for the run as a whole: a sample must not depend on its batch.
+        """
+        asked: dict[str, Any] = {self.guidance_argument: guidance_scale, **options}
+        if any_negative and self.guided(self.arguments({**asked, "negative_prompt": list(negative_prompts)})):
+            asked["negative_prompt"] = list(negative_prompts)
+        return asked
+
+    def guided(self, arguments: Arguments) -> bool:
+        """Tell whether a call with these arguments evaluates the branch without text."""
+        return float(arguments.get(self.guidance_argument) or 1) > 1
+
+    def applied_guidance(self, arguments: Arguments) -> float:
+        """The scale w of u + w·(c − u) that both branches are combined with."""
+        return float(arguments.get(self.guidance_argument) or 1)
+
     @abstractmethod
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels of a call that names no size."""
 
-    @abstractmethod
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(channel, y, x) of the latents for a picture of this size."""
+    def size(self, arguments: Arguments) -> tuple[int, int]:
+        """(height, width) in pixels of what is generated."""
+        default = self.default_size()
+        return int(arguments.get("height") or default[0]), int(arguments.get("width") or default[1])
 
     @abstractmethod
-    def dry_inputs(self, height: int, width: int) -> DenoiserInputs:
+    def latent_shape(self, arguments: Arguments) -> tuple[int, int, int]:
+        """(channel, y, x) of the latents, unpacked."""
+
+    def unpack(self, latents: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+        """Turn what the scheduler handles into (rows, channel, y, x)."""
+        return latents
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """Turn (rows, channel, y, x) into what the scheduler handles: the inverse of `unpack`."""
+        return latents
+
+    def schedule(self, arguments: Arguments) -> dict[str, Any]:
+        """Return what the pipeline passes to `scheduler.set_timesteps` beside the number of steps."""
+        return {}
+
+    def next_latents(self, out: Any, arguments: Arguments) -> torch.Tensor:
+        """Return what the pipeline goes on with from the result of `scheduler.step`."""
+        return out[0] if isinstance(out, tuple) else out.prev_sample
+
+    # One denoiser call
+
+    def rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """Rows of a denoiser call."""
+        first = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        return int(first.shape[0])
+
+    def branches(self, call: Pass) -> tuple[str, ...]:
+        """Branches of a denoiser call in row order, e.g. ("uncond", "cond"); () for a call that is of no branch."""
+        if self.sequential:
+            if call.context in ("cond", "uncond"):
+                return (call.context,)
+            raise InterpError(
+                f"{type(self.pipe).__name__} called its denoiser outside of cache_context('cond') and ('uncond'), so the "
+                "branch is unknown"
+            )
+        if call.arguments is None:
+            raise InterpError(
+                f"whether a running {type(self.pipe).__name__} has guidance cannot be seen from inside; enter the "
+                "HookRegistry before the pipeline is called"
+            )
+        return ("uncond", "cond") if self.guided(call.arguments) else ("cond",)
+
+    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+        """Return the scheduler's timestep of a denoiser call, or None if the denoiser is given a changed one."""
+        time = args[1] if len(args) > 1 else kwargs["timestep"]
+        return float(torch.as_tensor(time).flatten()[0])
+
+    def keep_rows(
+        self, inputs: DenoiserInputs, rows: int, branches: tuple[str, ...], kept: tuple[str, ...]
+    ) -> DenoiserInputs:
+        """Return the arguments of a denoiser call with the rows of some branches alone."""
+        held = {name: value for name, value in inputs.kwargs.items() if name in self.shared}
+        args, kwargs = keep_rows((inputs.args, inputs.kwargs), rows, branches, kept)
+        return DenoiserInputs(args, {**kwargs, **held})
+
+    def stack_rows(self, out: Any, branches: tuple[str, ...], kept: tuple[str, ...]) -> Any:
+        """Give the output of a shortened call back its full height; dropped branches get the first kept one's."""
+        return stack_rows(out, branches, kept)
+
+    def prediction(self, out: Any, arguments: Arguments) -> torch.Tensor:
+        """Return the denoiser's output as the scheduler understands it: (rows, channel, y, x), all rows.
+
+        A learned variance is cut off, and a sign that the pipeline turns is turned, so that u + w·(c − u) is what
+        `scheduler.step` receives.
+        """
+        return self.unpack(out[0] if isinstance(out, tuple) else out.sample, arguments)
+
+    def blank_output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """Return a tensor like the denoiser's output, for a call that is skipped (sequential guidance)."""
+        return torch.empty_like(args[0] if args else kwargs["hidden_states"])
+
+    # Attention
+
+    def grid(self, arguments: Arguments) -> tuple[int, int] | None:
+        """(height, width) of the image positions, equal at all attention sites; None if the dry run is to find them."""
+        return None
+
+    def joint_length(self, arguments: Arguments) -> int:
+        """Positions of a joint attention: text and image."""
+        grid = self.grid(arguments)
+        assert grid is not None
+        return grid[0] * grid[1] + self.text_length(arguments)
+
+    def spans(self, site: AttentionSite, queries: int, keys: int, kwargs: Mapping[str, Any]) -> Spans:
+        """Return where image and text lie in a kernel call of so many queries and keys, within this denoiser call."""
+        if site.kind == "cross":
+            return Spans(image_queries=slice(0, queries), text_keys=slice(0, keys))
+        if site.kind == "self":
+            return Spans(image_queries=slice(0, queries), image_keys=slice(0, keys))
+        raise NotImplementedError(f"{type(self).__name__} has joint attention and must say where its text lies")
+
+    @abstractmethod
+    def dry_inputs(self, arguments: Arguments) -> DenoiserInputs:
         """Inputs of one denoiser call with one row, made within the caller's (fake) tensor mode."""
 
+    # Text
+
+    def text_length(self, arguments: Arguments | None = None) -> int:
+        """Token positions of the text that the denoiser receives, at most."""
+        return int(next(iter(self.text_encoders.values()))[0].model_max_length)
+
+    def tokenize(self, prompt: str, arguments: Arguments | None = None) -> Tokens:
+        """Tokenise a prompt: its positions are exactly those of the text in the denoiser's attention."""
+        return tokenize(next(iter(self.text_encoders.values()))[0], prompt, self.text_length(arguments))
+
+    def text_segments(self, arguments: Arguments | None = None) -> dict[str, slice]:
+        """Encoder → its positions in the text: encoders may follow each other (Stable Diffusion 3)."""
+        return {next(iter(self.text_encoders)): slice(0, None)}
+
     @abstractmethod
-    def encode(self, prompts: list[str]) -> EncodedPrompt:
+    def encode(self, prompts: list[str], arguments: Arguments | None = None) -> EncodedPrompt:
         """Encode prompts exactly as the pipeline does for the branch with text."""
 
     @abstractmethod
-    def text_inputs(self, kwargs: dict[str, Any]) -> EncodedPrompt:
+    def text_inputs(self, kwargs: Mapping[str, Any]) -> EncodedPrompt:
         """Read the text states out of a denoiser call's keyword arguments (all rows)."""
 
     @abstractmethod
-    def with_text(self, kwargs: dict[str, Any], text: EncodedPrompt) -> dict[str, Any]:
+    def with_text(self, kwargs: Mapping[str, Any], text: EncodedPrompt) -> dict[str, Any]:
         """Return the denoiser call's keyword arguments with other text states; the given dict is not touched."""
 
 
@@ -121,7 +325,8 @@ def find_family(pipe: Any) -> Family:
         InterpError: no installed family describes it.
     """
     known = families()
-    for cls in known.values():
+    # a family that somebody added for a pipeline of their own goes before ours, which also match subclasses
+    for cls in sorted(known.values(), key=lambda c: (c.fallback, c.__module__.startswith("interp."))):
         if cls.matches(pipe):
             return cls(pipe)
     raise InterpError(

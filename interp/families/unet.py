@@ -1,12 +1,13 @@
 """Stable Diffusion 1.x, 2.x and XL: UNet with cross-attention, both branches as rows of one batch."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_processor import Attention
 
 from interp.compiling import plain
-from interp.families.base import AttentionSite, DenoiserInputs, EncodedPrompt, Family
+from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family, Pass
 
 # Pipelines whose row order [uncond, cond] was read in their source. Others of the same base (InstructPix2Pix and PAG
 # have three chunks) are left out on purpose: a branch is never guessed.
@@ -21,6 +22,7 @@ class UNetFamily(Family):
     """Pipelines around `UNet2DConditionModel` with classifier-free guidance in one batch."""
 
     name = "unet"
+    root: ClassVar[str] = "unet"
 
     @staticmethod
     def matches(pipe: Any) -> bool:
@@ -35,25 +37,17 @@ class UNetFamily(Family):
             found["controlnet"] = plain(self.pipe.controlnet)
         return found
 
-    @property
-    def text_encoders(self) -> dict[str, tuple[Any, torch.nn.Module]]:
-        """One for SD 1.x and 2.x, two for XL."""
-        pairs = {
-            "text_encoder": (self.pipe.tokenizer, self.pipe.text_encoder),
-            "text_encoder_2": (
-                getattr(self.pipe, "tokenizer_2", None),
-                getattr(self.pipe, "text_encoder_2", None),
-            ),
-        }
-        return {name: pair for name, pair in pairs.items() if pair[0] is not None and pair[1] is not None}
-
-    def branches(self) -> tuple[str, ...]:
+    def branches(self, call: Pass) -> tuple[str, ...]:
         """[uncond, cond] rows under guidance, else cond alone."""
         return ("uncond", "cond") if self.pipe.do_classifier_free_guidance else ("cond",)
 
-    def guided(self, guidance_scale: float) -> bool:
+    def guided(self, arguments: Arguments) -> bool:
         """Guidance is on above 1, unless the scale is an input of the model (LCM-distilled)."""
-        return guidance_scale > 1 and getattr(self.pipe.unet.config, "time_cond_proj_dim", None) is None
+        return super().guided(arguments) and getattr(self.pipe.unet.config, "time_cond_proj_dim", None) is None
+
+    def applied_guidance(self, arguments: Arguments) -> float:
+        """What the pipeline says, which a callback may change between steps."""
+        return float(self.pipe.guidance_scale)
 
     def attention_sites(self) -> list[AttentionSite]:
         """Every `Attention` inside a transformer block, in module order, which is running order down, up, mid."""
@@ -71,14 +65,14 @@ class UNetFamily(Family):
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+    def latent_shape(self, arguments: Arguments) -> tuple[int, int, int]:
         """One latent position per `vae_scale_factor`² pixels."""
-        scale = self.pipe.vae_scale_factor
+        scale, (height, width) = self.pipe.vae_scale_factor, self.size(arguments)
         return self.pipe.vae.config.latent_channels, height // scale, width // scale
 
-    def dry_inputs(self, height: int, width: int) -> DenoiserInputs:
+    def dry_inputs(self, arguments: Arguments) -> DenoiserInputs:
         """One row, 77 tokens."""
-        config, (_, y, x) = self.pipe.unet.config, self.latent_shape(height, width)
+        config, (_, y, x) = self.pipe.unet.config, self.latent_shape(arguments)
         dtype = self.pipe.unet.dtype
         text = torch.empty(1, 77, config.cross_attention_dim, dtype=dtype)
         kwargs: dict[str, Any] = {"encoder_hidden_states": text}
@@ -91,7 +85,7 @@ class UNetFamily(Family):
         return DenoiserInputs((torch.empty(1, config.in_channels, y, x, dtype=dtype), torch.tensor(1)), kwargs)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> EncodedPrompt:
+    def encode(self, prompts: list[str], arguments: Arguments | None = None) -> EncodedPrompt:
         """Encode through the pipeline's own `encode_prompt`."""
         device = self.pipe._execution_device
         if "text_encoder_2" in self.text_encoders:
@@ -102,12 +96,12 @@ class UNetFamily(Family):
         embeddings, _ = self.pipe.encode_prompt(prompts, device, 1, False)
         return EncodedPrompt(embeddings)
 
-    def text_inputs(self, kwargs: dict[str, Any]) -> EncodedPrompt:
+    def text_inputs(self, kwargs: Mapping[str, Any]) -> EncodedPrompt:
         """Embeddings, and XL's pooled vector."""
         added = kwargs.get("added_cond_kwargs") or {}
         return EncodedPrompt(kwargs["encoder_hidden_states"], added.get("text_embeds"))
 
-    def with_text(self, kwargs: dict[str, Any], text: EncodedPrompt) -> dict[str, Any]:
+    def with_text(self, kwargs: Mapping[str, Any], text: EncodedPrompt) -> dict[str, Any]:
         """Exchange the embeddings, and XL's pooled vector if one is given."""
         changed = {**kwargs, "encoder_hidden_states": text.embeddings}
         if text.pooled is not None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
@@ -19,13 +19,14 @@ class Batch:
     """What an intervention may know of the samples that run together.
 
     rows: the samples' rows of the prompt table; tokens: their prompts, tokenised; timeline: the noise levels of the
-    run; guidance_scale: as asked for.
+    run; guidance_scale: as asked for; arguments: of the pipeline's call, defaults filled in.
     """
 
     rows: list[dict[str, Any]]
     tokens: list[Tokens]
     timeline: Timeline
     guidance_scale: float
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +140,10 @@ def from_spec(spec: Mapping[str, Any]) -> Intervention:
         )
     cls = find_plugin(str(values.pop("name", "")), "interp.interventions")
     known = [f.name for f in fields(cls)]
-    for field in values:
-        if field not in known:
+    for given in values:
+        if given not in known:
             raise InterpError(
-                f"{cls.__name__} has no field {field!r}{nearest(field, known) or ';'} it has: {', '.join(known)}"
+                f"{cls.__name__} has no field {given!r}{nearest(given, known) or ';'} it has: {', '.join(known)}"
             )
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 

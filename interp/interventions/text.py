@@ -14,7 +14,7 @@ from interp.families import EncodedPrompt
 from interp.hooks import DenoiserCall, HookRegistry
 from interp.interventions.base import Batch, Intervention
 from interp.prompts import fill
-from interp.tokens import Tokens, tokenize
+from interp.tokens import Tokens
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,30 +56,42 @@ class _ReplaceText(Intervention):
         if not steps:
             return
         prompts = [fill(self.prompt, row) for row in batch.rows]
-        tokenizer = next(iter(family.text_encoders.values()))[0]
-        others = [tokenize(tokenizer, p) for p in prompts]
-        encoded = family.encode(prompts)
+        others = [family.tokenize(p, batch.arguments) for p in prompts]
+        encoded = family.encode(prompts, batch.arguments)
+        segments = list(family.text_segments(batch.arguments).values())
 
-        def changed(states: torch.Tensor) -> torch.Tensor:
-            fresh = encoded.embeddings.to(states)
-            mixed = [self.mix(*each) for each in zip(states, fresh, batch.tokens, others, strict=True)]
-            return torch.stack(mixed)
+        def changed(states: torch.Tensor, fresh: torch.Tensor | None = None) -> torch.Tensor:
+            fresh = (encoded.embeddings if fresh is None else fresh).to(states)
+            if fresh.shape != states.shape:
+                raise InterpError(
+                    f"{self!r}: the other prompt has {fresh.shape[1]} text positions and this one {states.shape[1]}; with "
+                    f"{type(hooks.pipe).__name__} both must have the same number of tokens"
+                )
+            return torch.stack([
+                torch.cat([self.mix(old[s], new[s], mine.part(s), other.part(s)) for s in segments])
+                for old, new, mine, other in zip(states, fresh, batch.tokens, others, strict=True)
+            ])  # fmt: skip
 
         whole = self.side == "kv" and self.layers is None
 
         def edit(call: DenoiserCall) -> None:
-            if call.step not in steps or "cond" not in call.keep:
+            if call.step not in steps or "cond" not in call.keep or "cond" not in call.branches:
                 return
             text = family.text_inputs(call.kwargs)
             parts = split_rows(text.embeddings, call.branches)
             if whole:
                 parts["cond"] = changed(parts["cond"])
+            mask = text.mask
+            if whole and mask is not None and encoded.mask is not None:
+                masks = split_rows(mask, call.branches)
+                masks["cond"] = changed(masks["cond"][..., None], encoded.mask[..., None])[..., 0]
+                mask = torch.cat(list(masks.values()))
             pooled = text.pooled
             if pooled is not None and encoded.pooled is not None and self.pooled == "replace":
                 pools = split_rows(pooled, call.branches)
                 pools["cond"] = encoded.pooled.to(pooled)
                 pooled = torch.cat(list(pools.values()))
-            call.kwargs = family.with_text(call.kwargs, EncodedPrompt(torch.cat(list(parts.values())), pooled))
+            call.kwargs = family.with_text(call.kwargs, EncodedPrompt(torch.cat(list(parts.values())), pooled, mask))
 
         hooks.on_call(edit)
         if not whole:
@@ -92,7 +104,9 @@ class _ReplaceText(Intervention):
         cross = [s.name for s in attention_sites(hooks.family) if s.kind == "cross"]
         chosen = [n for n in cross if any(fnmatchcase(n, p) for p in self.layers or ("*",))]
         if not chosen:
-            raise InterpError(f"{self!r} matches no cross-attention layer; there are {sentence_list(cross, 2)}")
+            raise InterpError(
+                f"{self!r} matches no cross-attention layer; there are {sentence_list(cross, 2) or 'none in this model'}"
+            )
         for site in chosen:
             module = hooks.family_module(site)
             if getattr(module, "fused_projections", False):

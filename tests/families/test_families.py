@@ -31,7 +31,8 @@ def test_the_dry_run_tells_real_shapes_in_running_order(name, size):
     family = find_family(pipe)
     before = {n: (p.data_ptr(), p.device) for n, p in pipe.unet.named_parameters()}
     with untouched(pipe):
-        shapes, grids = dry_run(family, *size)
+        arguments = family.arguments({"height": size[0], "width": size[1]})
+        shapes, grids = dry_run(family, arguments)
     assert before == {n: (p.data_ptr(), p.device) for n, p in pipe.unet.named_parameters()}
     real, order, queries = {}, [], {}
     handles = []
@@ -54,7 +55,7 @@ def test_the_dry_run_tells_real_shapes_in_running_order(name, size):
     assert set(sites) == {n for n in order if n.endswith(("attn1", "attn2"))}
     for site, (height, width) in grids.items():
         assert height * width == queries[site] and height * size[1] == width * size[0]
-    assert family.latent_shape(*size) == (4, size[0] // 2, size[1] // 2)
+    assert family.latent_shape(arguments) == (4, size[0] // 2, size[1] // 2)
     assert family.default_size() == (32, 32)
 
 
@@ -108,7 +109,7 @@ def test_guided_tells_whether_the_branch_without_text_runs(name):
         handle = pipe.unet.conv_in.register_forward_hook(lambda m, a, out, rows=rows: rows.append(out.shape[0]))
         call(pipe, steps=1, scale=scale)
         handle.remove()
-        assert rows == [4 if find_family(pipe).guided(scale) else 2]
+        assert rows == [4 if find_family(pipe).guided({"guidance_scale": scale}) else 2]
 
 
 def test_sites_list_modules_and_encoders():

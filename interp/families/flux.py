@@ -1,0 +1,152 @@
+"""FLUX.1: joint attention over [text, image] in two-stream and one-stream blocks, packed latents, one call per branch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+from interp.families import packing
+from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family, Spans
+from interp.tokens import Tokens, tokenize
+
+
+class FluxFamily(Family):
+    """`FluxPipeline`: guidance-distilled (one call a step), or true guidance (`true_cfg_scale` and a negative prompt).
+
+    `guidance_scale` is then an input of the model; the scale w of u + w·(c − u) is `true_cfg_scale`, an option.
+    """
+
+    name = "flux"
+    sequential: ClassVar[bool] = True
+
+    @staticmethod
+    def matches(pipe: Any) -> bool:
+        """The text-to-image pipeline."""
+        return any(c.__name__ == "FluxPipeline" for c in type(pipe).__mro__)
+
+    @property
+    def multiple(self) -> int:  # type: ignore[override]
+        """A side holds whole patches of 2×2 latents."""
+        return max(8, 2 * self.pipe.vae_scale_factor)
+
+    def attention_sites(self) -> list[AttentionSite]:
+        """Two-stream blocks, then one-stream blocks."""
+        return [
+            AttentionSite(f"transformer.{name}", module, "joint", module.heads)
+            for name, module in self.denoiser.named_modules()
+            if isinstance(module, FluxAttention)
+        ]
+
+    def output_index(self, path: str) -> int:
+        """Blocks of both kinds give (text, image)."""
+        return int(
+            path.rsplit(".", 1)[0] in ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
+        )
+
+    def run_arguments(
+        self, guidance_scale: float, negative_prompts: Sequence[str], options: Arguments, any_negative: bool
+    ) -> dict[str, Any]:
+        """With `true_cfg_scale` above 1 the negative prompt is always given, since the pipeline has no guidance without."""
+        asked: dict[str, Any] = {"guidance_scale": guidance_scale, **options}
+        if self.applied_guidance(asked) > 1:
+            asked["negative_prompt"] = list(negative_prompts)
+        return asked
+
+    def guided(self, arguments: Arguments) -> bool:
+        """True guidance needs a scale above 1 and a negative prompt, be it empty."""
+        negative = arguments.get("negative_prompt") is not None or arguments.get("negative_prompt_embeds") is not None
+        return negative and self.applied_guidance(arguments) > 1
+
+    def applied_guidance(self, arguments: Arguments) -> float:
+        """The scale of true guidance."""
+        return float(arguments.get("true_cfg_scale") or 1)
+
+    def default_size(self) -> tuple[int, int]:
+        """As the pipeline has it."""
+        size = self.pipe.default_sample_size * self.pipe.vae_scale_factor
+        return size, size
+
+    def latent_shape(self, arguments: Arguments) -> tuple[int, int, int]:
+        """Two latent positions a patch of the transformer, each way."""
+        y, x = self.grid(arguments)
+        return self.denoiser.config.in_channels // 4, 2 * y, 2 * x
+
+    def unpack(self, latents: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+        """From patches to a picture of latents."""
+        return packing.unpack(latents, self.latent_shape(arguments))
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """From a picture of latents to patches."""
+        return packing.pack(latents)
+
+    def schedule(self, arguments: Arguments) -> dict[str, Any]:
+        """Evenly spaced noise levels, shifted with the size."""
+        config, steps = self.pipe.scheduler.config, int(arguments["num_inference_steps"])
+        y, x = self.grid(arguments)
+        names = (("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15))
+        shift = {"mu": calculate_shift(y * x, *(config.get(name, default) for name, default in names))}
+        if config.get("use_flow_sigmas"):
+            return shift
+        return {"sigmas": np.linspace(1.0, 1 / steps, steps), **shift}
+
+    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The model is given a thousandth of it, rounded to its dtype: the scheduler knows better."""
+
+    def grid(self, arguments: Arguments) -> tuple[int, int]:
+        """One position per 2×2 latents."""
+        height, width = self.size(arguments)
+        step = 2 * self.pipe.vae_scale_factor
+        return height // step, width // step
+
+    def spans(self, site: AttentionSite, queries: int, keys: int, kwargs: Mapping[str, Any]) -> Spans:
+        """The text first, then the image; also in one-stream blocks, which see one sequence."""
+        text = int(kwargs["encoder_hidden_states"].shape[1])
+        first, image = slice(0, text), slice(text, queries)
+        return Spans(image, first, image, first)
+
+    def dry_inputs(self, arguments: Arguments) -> DenoiserInputs:
+        """One row."""
+        config, dtype, length = self.denoiser.config, self.denoiser.dtype, self.text_length(arguments)
+        y, x = self.grid(arguments)
+        kwargs = {
+            "hidden_states": torch.empty(1, y * x, config.in_channels, dtype=dtype),
+            "timestep": torch.ones(1, dtype=dtype),
+            "guidance": torch.ones(1) if config.guidance_embeds else None,
+            "pooled_projections": torch.empty(1, config.pooled_projection_dim, dtype=dtype),
+            "encoder_hidden_states": torch.empty(1, length, config.joint_attention_dim, dtype=dtype),
+            "txt_ids": torch.zeros(length, 3, dtype=dtype),
+            "img_ids": torch.zeros(y * x, 3, dtype=dtype),
+        }
+        return DenoiserInputs((), kwargs)
+
+    def text_length(self, arguments: Arguments | None = None) -> int:
+        """T5's 512 positions, unless the call says otherwise."""
+        return int((self.arguments() if arguments is None else arguments)["max_sequence_length"])
+
+    def tokenize(self, prompt: str, arguments: Arguments | None = None) -> Tokens:
+        """The attention sees T5's positions; of CLIP the model reads the pooled vector alone."""
+        return tokenize(self.pipe.tokenizer_2, prompt, self.text_length(arguments))
+
+    def text_segments(self, arguments: Arguments | None = None) -> dict[str, slice]:
+        """T5."""
+        return {"text_encoder_2": slice(0, None)}
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], arguments: Arguments | None = None) -> EncodedPrompt:
+        """Encode through the pipeline's own `encode_prompt`."""
+        embeddings, pooled, _ = self.pipe.encode_prompt(
+            prompt=prompts, device=self.pipe._execution_device, max_sequence_length=self.text_length(arguments)
+        )
+        return EncodedPrompt(embeddings, pooled)
+
+    def text_inputs(self, kwargs: Mapping[str, Any]) -> EncodedPrompt:
+        """T5 states, and CLIP's pooled vector."""
+        return EncodedPrompt(kwargs["encoder_hidden_states"], kwargs["pooled_projections"])
+
+    def with_text(self, kwargs: Mapping[str, Any], text: EncodedPrompt) -> dict[str, Any]:
+        """Exchange the states, and the pooled vector if one is given."""
+        changed = {**kwargs, "encoder_hidden_states": text.embeddings}
+        return changed if text.pooled is None else {**changed, "pooled_projections": text.pooled}
