@@ -176,8 +176,8 @@ def assemble(
 ) -> Plan:  # fmt: skip
     """Make the plan of samples that are known one by one; `plan` and `interp.record` end here.
 
-    `arguments` are those of the pipeline's call. `columns` is the least number of text positions to make room for:
-    a run that will be appended to may meet longer prompts.
+    `arguments` are those of the pipeline's call. `columns` is the least number of token columns: a run that
+    will be appended to may meet longer prompts.
     """
     family, n = find_family(pipe), len(samples["prompt"])
     times = timeline(pipe.scheduler, steps, schedule=family.schedule(arguments))

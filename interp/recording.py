@@ -183,7 +183,7 @@ def _call_plan(pipe: Any, capture: Capture, arguments: dict[str, Any], condition
     default = family.default_size()
     return assemble(
         pipe,
-        columns=family.text_length(arguments),  # later calls may have longer prompts
+        columns=family.text_length(arguments) + (capture.tokens != "all"),  # later calls may have longer prompts
         arguments=arguments,
         capture=capture,
         table=PromptTable({"prompt": prompts, "negative_prompt": negatives}),

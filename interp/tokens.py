@@ -137,13 +137,13 @@ def select_tokens(
     Args:
         cond, uncond: Tokenised prompts and negative prompts, one a sample.
         tokens: `"prompt"`, `"all"` or positions.
-        width: Make room for this many positions (a run that is appended to may meet longer prompts).
+        width: Make at least this many columns (a run that is appended to has its width already).
     """
     n, length = len(cond), max(len(t.ids) for t in cond)
     pads = None
     if tokens == "prompt":
         used = [[p for p, role in enumerate(t.role) if role != "pad"] for t in cond]
-        columns = max(*map(len, used), width) + 1
+        columns = max(max(map(len, used)) + 1, width)
         positions = np.full((n, columns), -1)
         pads = np.zeros((n, length), bool)
         for i, kept in enumerate(used):

@@ -113,7 +113,7 @@ def _assemble(
     found = assemble(
         pipe, capture=asked.capture, table=prompts, samples=columns, batches=list(batches.values()),
         conditions=asked.conditions, steps=asked.steps, guidance=asked.guidance_scale, height=asked.height,
-        width=asked.width, options=asked.options, columns=width,
+        width=asked.width, arguments=asked.arguments, options=asked.options, columns=width,
     )  # fmt: skip
     if attrs is None:
         return found
