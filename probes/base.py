@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from interp.probes.needs import require
+from interp.probes.sparing import LARGE, sparing
 from interp.stores.errors import InterpError, nearest
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ class Probe:
     def __call__(self, run: Run, **params: Any) -> xr.Dataset:
         """Ask the run; returns a Dataset with the probe's name, parameters and versions in its attrs.
 
+        Large arrays of a stored run reach the probe as dask arrays, a chunk a sample: a run may be larger than the
+        memory. A result that could not fit either stays lazy.
+
         Raises InterpError for an unknown parameter, for data that the run did not capture, and for a result
         without labels or units.
         """
@@ -82,7 +86,9 @@ class Probe:
                 f"pass interp.open_run(path)"
             )
         require(run, self.needs, asker=f"probe {self.name!r}")
-        result = _labelled(self.name, self.fn(run, **params))
+        result = _labelled(self.name, self.fn(sparing(run), **params))
+        if result.nbytes <= LARGE:  # a larger one stays lazy if it is
+            result = result.compute()
         actual = {name: params.get(name, parameter.default) for name, parameter in known.items()}
         result.attrs |= {
             "probe": self.name,

@@ -24,6 +24,7 @@ import numpy as np
 import xarray as xr
 
 from interp.probes.base import Probe
+from interp.probes.watching import MANY, bounded
 from interp.stores import Run, synthetic_run
 from interp.stores.errors import InterpError
 
@@ -58,9 +59,10 @@ def check_probe(probe: Probe, make_run: Callable[..., Run] = synthetic_run, **pa
     scores, omit): pass another for a probe that needs more than that gives, such as `swap_run`.
 
     Checked: documented keyword-only parameters with defaults; one and several samples; heads averaged and
-    apart; a branch that was evaluated half of the time; a run that lacks a part (an InterpError of one
-    sentence, or a result); labels and units; the same result again, from dask arrays, and after pickling the
-    probe; the run left as it was; its plot.
+    apart; a branch that was evaluated half of the time, or not captured at all; a run that lacks a part (an
+    InterpError of one sentence, or a result); labels and units; the same result again, from dask arrays, and
+    after pickling the probe; the run left as it was; no large array read whole, so that a run may be larger than
+    the memory; its plot.
 
     >>> from interp.probes import find_probe
     >>> for check in check_probe(find_probe("frequency_energy")):
@@ -84,6 +86,8 @@ def check_probe(probe: Probe, make_run: Callable[..., Run] = synthetic_run, **pa
     yield checks("heads apart", heads=3)
     yield checks("both branches", branches=("cond", "uncond"))
     yield Check("branch evaluated half of the time", lambda: _clean(lambda: ask(_half(runs(**several)))))
+    for branch in ("cond", "uncond"):
+        yield Check(f"branch {branch} alone", partial(_one_branch, ask, runs, branch))
     for part in PARTS:
         yield Check(f"without {part}", partial(_lacking, probe, runs, part, ask))
     yield Check("without scores", lambda: _without(probe, runs(scores=False), "scores", ask))
@@ -91,6 +95,7 @@ def check_probe(probe: Probe, make_run: Callable[..., Run] = synthetic_run, **pa
     yield Check("same again", lambda: _same(ask(runs(**several)), ask(runs(**several)), exact=True))
     yield Check("dask as eager", lambda: _same(ask(runs(**several)), ask(_lazy(runs(**several)))))
     yield Check("run left as it was", lambda: _unchanged(runs(**several), ask))
+    yield Check("bounded memory", lambda: bounded(probe, make_run(samples=MANY), **params))
     yield Check("pickled", lambda: _same(ask(runs(**several)), ask(runs(**several), _pickled(probe)), exact=True))
     if probe.plot is not None:
         yield Check("plot", lambda: _drawn(probe, ask(runs(**several))))
@@ -140,6 +145,11 @@ def _clean(body: Callable[[], object]) -> None:
         body()
     except InterpError as error:
         assert "\n" not in str(error) and len(str(error)) > 20, f"not a clear sentence: {error}"
+
+
+def _one_branch(ask: Callable[[Run], xr.Dataset], runs: Callable[..., Run], branch: str) -> None:
+    run = runs(branches=(branch,))
+    _clean(lambda: ask(run))
 
 
 def _lacking(probe: Probe, runs: Callable[..., Run], part: str, ask: Callable[[Run], xr.Dataset]) -> None:

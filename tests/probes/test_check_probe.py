@@ -189,3 +189,15 @@ def test_a_declared_need_that_is_none():
     silent = probe("y")(good.fn)
     object.__setattr__(silent, "needs", {"text": ["never_checked"]})
     assert failures(silent)
+
+
+@probe("greedy", needs=NEEDS)
+def greedy(run):
+    """Mean of the latents (latent units)."""
+    return latents(run).copy(data=run.latents.values.mean((2, 3, 4)))
+
+
+def test_reading_a_whole_array_is_seen():
+    with pytest.raises(AssertionError, match="trajectory/latents was read 8 of 8 samples at a time"):
+        next(c for c in check_probe(greedy) if c.name == "bounded memory")()
+    assert failures(greedy) == {"bounded memory"}
