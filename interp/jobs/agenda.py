@@ -77,7 +77,7 @@ class Agenda:
         for members in (left.members[half:], left.members[:half]):
             waiting = tuple(i for i in left.waiting if i in members)
             if waiting:
-                self._tasks.appendleft(Task(left.batch, left.samples, members, waiting))
+                self._tasks.appendleft(Task(left.batch, left.samples, members, waiting, left.deaths))
         return []
 
     def _chunks(self, task: Task) -> set[int]:

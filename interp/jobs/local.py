@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -252,6 +253,8 @@ def devices() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [d.strip() for d in named.split(",") if d.strip() and d.strip() != "-1"]
+    if sys.platform == "linux" and not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))):
+        return []  # spares the driver the import of torch
     import torch
 
     return [str(k) for k in range(torch.cuda.device_count())]
