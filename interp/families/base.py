@@ -179,6 +179,10 @@ class Family(ABC):
         """The scale w of u + w·(c − u) that both branches are combined with."""
         return float(arguments.get(self.guidance_argument) or 1)
 
+    def combine(self, uncond: torch.Tensor, cond: torch.Tensor, scale: float) -> torch.Tensor:
+        """What the pipeline makes of both predictions, (sample, channel, y, x); some rescale the result."""
+        return uncond + scale * (cond - uncond)
+
     @abstractmethod
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels of a call that names no size."""
