@@ -5,7 +5,7 @@ import pytest
 from interp.testing import check_family
 from my_pipelines import tiny_pipeline          # a few layers with random weights, built from configs
 
-@pytest.mark.parametrize("check", check_family(tiny_pipeline, options={"max_sequence_length": 32}), ids=str)
+@pytest.mark.parametrize("check", list(check_family(tiny_pipeline, options={"max_sequence_length": 32})), ids=str)
 def test_my_family(check):
     check()
 ```

@@ -41,6 +41,6 @@ def cases():
             yield pytest.param(check, id=f"{name}: {check}")
 
 
-@pytest.mark.parametrize("check", cases())
+@pytest.mark.parametrize("check", list(cases()))
 def test_conformance(check):
     check()
