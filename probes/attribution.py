@@ -11,7 +11,7 @@ import xarray as xr
 from interp.probes.attribution_plot import draw_maps, draw_mass
 from interp.probes.base import probe
 from interp.probes.labels import check_option, sample_labels
-from interp.probes.maps import ROLES, Grid, open_grids, reduce_sample, resize, role_mass
+from interp.probes.maps import ROLES, Grid, layer_labels, on_all_steps, open_grids, reduce_sample, resize, role_mass
 from interp.probes.words import chosen_words
 from interp.stores.errors import InterpError
 
@@ -69,7 +69,7 @@ def token_attribution(
     """
     check_option("token_attribution", "normalize", normalize, tuple(NORMALIZE))
     grids = open_grids(run, steps=steps, layers=layers)
-    height, width = _grid_size(run, grids, grid)
+    height, width = grid_size(run, grids, grid)
     table = grids[0].table
     vocabulary = chosen_words(table, words)
     samples, tokens = table.sizes["sample"], table.sizes["token"]
@@ -164,46 +164,21 @@ def _mass_variables(grids: list[Grid], masses: list[list[np.ndarray]]) -> dict[s
     }
     for k, (name, text) in enumerate(names.items()):
         stacked = [np.stack([both[k] for both in part]) for part in parts]
-        values = np.concatenate(_on_all_steps(grids, stacked), axis=2)
+        values = np.concatenate(on_all_steps(grids, stacked), axis=2)
         result[name] = (dims, values, {"units": "1 (share of attention)", "long_name": text})
     return result
 
 
 def _mass_coords(grids: list[Grid]) -> dict[str, Any]:
-    merged = {c: _merged(grids, c) for c in ("timestep", "sigma") if c in grids[0].probs.coords}
-    return {
-        "step": _all_steps(grids),
-        **{name: ("step", values) for name, values in merged.items()},
-        "layer": [site for g in grids for site in g.layers],
-        "grid": ("layer", [g.name for g in grids for _ in g.layers]),
-        "role": list(ROLES),
-    }
-
-
-def _all_steps(grids: list[Grid]) -> np.ndarray:
-    return np.unique(np.concatenate([g.probs["step"].values for g in grids]))
-
-
-def _merged(grids: list[Grid], coord: str) -> np.ndarray:
-    known = {int(s): v for g in grids for s, v in zip(g.probs["step"].values, g.probs[coord].values, strict=True)}
-    return np.array([known[int(s)] for s in _all_steps(grids)])
-
-
-def _on_all_steps(grids: list[Grid], values: list[np.ndarray]) -> list[np.ndarray]:
-    """Bring (sample, step, …) of each grid to the union of their steps, NaN where a grid has none."""
-    steps, spread = _all_steps(grids), []
-    for g, value in zip(grids, values, strict=True):
-        full = np.full((len(value), len(steps), *value.shape[2:]), np.nan)
-        full[:, np.searchsorted(steps, g.probs["step"].values)] = value
-        spread.append(full)
-    return spread
+    return {**layer_labels(grids), "role": list(ROLES)}
 
 
 def _token_coords(table: xr.Dataset) -> dict[str, Any]:
     return {f"token_{name}": (("sample", "token"), values.values) for name, values in table.data_vars.items()}
 
 
-def _grid_size(run: Run, grids: list[Grid], grid: str) -> tuple[int, int]:
+def grid_size(run: Run, grids: list[Grid], grid: str) -> tuple[int, int]:
+    """Return the height and width that `grid` means: "latent" (failing latents, the finest grid) or "32x32"."""
     if grid != "latent":
         height, cross, width = str(grid).partition("x")
         if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
 
+from interp.probes.bootstrap import units_of
 from interp.stores.errors import InterpError
 
 if TYPE_CHECKING:
@@ -81,9 +83,12 @@ def draw_mass(ds: xr.Dataset, *, variable: str = "mass_per_token") -> Figure:
     """Draw the attention of each role over the steps, mean over layers, and of each layer, mean over steps.
 
     ds: the result of `attention_mass`. variable: "mass" (sum over the role's tokens) or "mass_per_token".
-    Bands are the samples' 10th to 90th percentile.
+    Bands are bootstrap 95 % intervals of the means over the samples.
     """
-    from interp.probes.style import ROLE_COLOUR, curve, new_figure, step_axis, title
+    from interp.probes.style import ROLE_COLOUR, legend, new_figure, note, step_axis, title
+    from interp.probes.style import curve as drawn
+
+    curve = partial(drawn, units=units_of(ds))
 
     if variable not in ds:
         raise InterpError(f"variable={variable!r} is not possible: it is 'mass' or 'mass_per_token'")
@@ -102,7 +107,8 @@ def draw_mass(ds: xr.Dataset, *, variable: str = "mass_per_token") -> Figure:
     for ax, text in ((over_steps, "Mean over layers"), (over_layers, "Mean over steps")):
         ax.set(ylabel="share of attention (1)", ylim=(0, None))
         title(ax, text)
-        ax.legend(fontsize=7, frameon=False)
+        legend(ax)
+    note(figure)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import xarray as xr
 
 from interp.probes.bands import BANDS, low_mask, split_bands
 from interp.probes.base import probe
+from interp.probes.bootstrap import units_of
 from interp.probes.labels import sample_labels, trajectory_of
 from interp.probes.needs import require
 from interp.stores.errors import InterpError
@@ -34,10 +36,12 @@ LONG_NAME = {
 def draw(ds: xr.Dataset) -> Figure:
     """Draw data and noise norms, variation ratios and the spectrum's balance over the steps (three panels).
 
-    ds: the result of `frequency_energy`. Lines are means over the samples, bands their 10th to 90th
-    percentile.
+    ds: the result of `frequency_energy`. Lines are means over the samples, bands their bootstrap 95 % intervals.
     """
-    from interp.probes.style import BLACK, BLUE, ORANGE, curve, new_figure, step_axis, title
+    from interp.probes.style import BLACK, BLUE, ORANGE, legend, new_figure, note, step_axis, title
+    from interp.probes.style import curve as drawn
+
+    curve = partial(drawn, units=units_of(ds))
 
     figure, (norms, ratios, balance) = new_figure(3)
     colour = {"low": BLUE, "high": ORANGE}
@@ -64,7 +68,8 @@ def draw(ds: xr.Dataset) -> Figure:
     title(balance, "Balance of the bands")
     for ax in (norms, ratios, balance):
         step_axis(ax)
-        ax.legend(fontsize=7, frameon=False)
+        legend(ax)
+    note(figure)
     return figure
 
 

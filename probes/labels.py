@@ -32,6 +32,12 @@ def plain_text(values: Any) -> np.ndarray:
     return np.array([str(v) for v in array.ravel().tolist()], dtype=str).reshape(array.shape)
 
 
+def step_labels(dataset: xr.Dataset) -> dict[str, Any]:
+    """Return step, and timestep, sigma and alpha_bar where known, as coordinates."""
+    found = {"step": ("step", dataset["step"].values)}
+    return found | {c: ("step", dataset[c].values) for c in ("timestep", "sigma", "alpha_bar") if c in dataset.coords}
+
+
 def trajectory_of(run: Run) -> xr.Dataset:
     """Return the run's trajectory, lazily."""
     dataset: xr.Dataset = run.tree["trajectory"].to_dataset()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -35,8 +35,10 @@ class Grid:
         return [str(name) for name in self.probs["layer"].values]
 
 
-def open_grids(run: Run, *, steps: Any = None, layers: str | Sequence[str] | None = None) -> list[Grid]:
-    """Return the cond branch of every captured attention grid that has one of the chosen layers, lazily.
+def open_grids(
+    run: Run, *, steps: Any = None, layers: str | Sequence[str] | None = None, branch: str = "cond"
+) -> list[Grid]:
+    """Return one branch of every captured attention grid that has one of the chosen layers, lazily.
 
     steps: None (all captured), a step, a sequence of steps, a slice or "start:stop" (half-open). layers: None
     (all), or site names with wildcards, one or several. Raises InterpError for steps or layers that were not
@@ -46,10 +48,10 @@ def open_grids(run: Run, *, steps: Any = None, layers: str | Sequence[str] | Non
     for name in run.grids:  # the finest first, in memory and on disk alike
         dataset = run.tree[f"attention/{name}"].to_dataset()
         branches = [str(b) for b in dataset["branch"].values]
-        if "cond" not in branches:
+        if branch not in branches:
             raise InterpError(
-                f"attribution needs the branch 'cond', where attention/{name} has {', '.join(branches)}: "
-                f'trace again with Capture(branches=("cond",))'
+                f"this needs the branch {branch!r}, where attention/{name} has {', '.join(branches)}: "
+                f'trace again with Capture(branches=("{branch}",))'
             )
         sites = [str(site) for site in dataset["layer"].values]
         known += sites
@@ -58,7 +60,7 @@ def open_grids(run: Run, *, steps: Any = None, layers: str | Sequence[str] | Non
             continue
         # No transpose here: of an array not yet loaded it makes an index as large as the data.
         at = chosen_steps(dataset["step"].values, steps)
-        probs = dataset["probs"].isel(branch=branches.index("cond"), layer=_slice(chosen), step=_slice(at))
+        probs = dataset["probs"].isel(branch=branches.index(branch), layer=_slice(chosen), step=_slice(at))
         grids.append(Grid(str(name), probs, _token_table(dataset)))
     for pattern in () if layers is None else (layers,) if isinstance(layers, str) else layers:
         if not any(fnmatchcase(site, pattern) for site in known):
@@ -110,19 +112,25 @@ def reduce_sample(grid: Grid, i: int) -> tuple[np.ndarray, np.ndarray]:
     (NaN) are left out. Second the mean over heads and pixels at each step, (step, layer, token). Both are NaN
     where nothing was evaluated.
     """
-    one = grid.probs.isel(sample=i)
-    total = np.zeros(one.shape[1:], dtype=np.float64)
-    count = np.zeros(total.shape, dtype=np.int32)
+    shape = grid.probs.isel(sample=i).shape[1:]
+    total = np.zeros(shape, dtype=np.float64)
+    count = np.zeros(shape, dtype=np.int32)
     mass = []
-    for start in range(0, one.sizes["step"], STEPS_AT_ONCE):
-        for stored in one.isel(step=slice(start, start + STEPS_AT_ONCE)).values:  # as stored: half precision
-            maps = stored.astype(np.float64)
-            mass.append(maps.mean((1, 3, 4)))
-            there = np.isfinite(maps)
-            total += np.where(there, maps, 0)
-            count += there
+    for maps in maps_by_step(grid, i):
+        mass.append(maps.mean((1, 3, 4)))
+        there = np.isfinite(maps)
+        total += np.where(there, maps, 0)
+        count += there
     with np.errstate(invalid="ignore"):
         return total / np.where(count == 0, np.nan, count), np.stack(mass)
+
+
+def maps_by_step(grid: Grid, i: int) -> Iterator[np.ndarray]:
+    """Yield one sample's maps (layer, head, token, y, x), float64, step by step; ten steps are read at a time."""
+    one = grid.probs.isel(sample=i)
+    for start in range(0, one.sizes["step"], STEPS_AT_ONCE):
+        for stored in one.isel(step=slice(start, start + STEPS_AT_ONCE)).values:  # as stored: half precision
+            yield stored.astype(np.float64)
 
 
 def role_mass(mass: np.ndarray, roles: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -164,6 +172,36 @@ def resize(maps: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return maps (…, y, x) resized bicubically to (…, height, width), clamped at 0: cubics undershoot."""
     rows, columns = resize_matrix(maps.shape[-2], height), resize_matrix(maps.shape[-1], width)
     return np.maximum(rows @ maps @ columns.T, 0)
+
+
+def all_steps(grids: list[Grid]) -> np.ndarray:
+    """Return the steps that any of the grids holds."""
+    return np.unique(np.concatenate([g.probs["step"].values for g in grids]))
+
+
+def layer_labels(grids: list[Grid]) -> dict[str, Any]:
+    """Return step, timestep, sigma, layer and grid (layer) as coordinates of what is joined over grids."""
+    return {
+        "step": all_steps(grids),
+        **{c: ("step", _merged(grids, c)) for c in ("timestep", "sigma") if c in grids[0].probs.coords},
+        "layer": [site for g in grids for site in g.layers],
+        "grid": ("layer", [g.name for g in grids for _ in g.layers]),
+    }
+
+
+def on_all_steps(grids: list[Grid], values: list[np.ndarray]) -> list[np.ndarray]:
+    """Bring (sample, step, …) of each grid to the union of their steps, NaN where a grid has none."""
+    steps, spread = all_steps(grids), []
+    for g, value in zip(grids, values, strict=True):
+        full = np.full((len(value), len(steps), *value.shape[2:]), np.nan)
+        full[:, np.searchsorted(steps, g.probs["step"].values)] = value
+        spread.append(full)
+    return spread
+
+
+def _merged(grids: list[Grid], coord: str) -> np.ndarray:
+    known = {int(s): v for g in grids for s, v in zip(g.probs["step"].values, g.probs[coord].values, strict=True)}
+    return np.array([known[int(s)] for s in all_steps(grids)])
 
 
 def _slice(positions: Sequence[int] | np.ndarray) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from interp.probes.base import Probe
+from interp.probes.bootstrap import units_of
 from interp.probes.discovery import find_probe, loaded_probe
 from interp.stores.errors import InterpError
 
@@ -41,27 +42,35 @@ def plot(ds: xr.Dataset, *, probe: Probe | None = None, **options: Any) -> Figur
 
 
 def plot_curves(ds: xr.Dataset) -> Figure:
-    """Draw each variable with a `step` dimension as curves: samples averaged, other dimensions as colours.
+    """Draw each variable with a `step` dimension as curves: means over samples, other dimensions as colours.
+
+    Bands are bootstrap 95 % intervals of the means.
 
     ds: any Dataset; variables without `step` or of text are left out. Raises InterpError when none is left.
     """
-    from interp.probes.style import PALETTE, new_figure, step_axis
+    from interp.probes.style import PALETTE, curve, legend, new_figure, step_axis
 
     drawable = {k: v for k, v in ds.data_vars.items() if "step" in v.dims and v.dtype.kind in "fiub"}
     if not drawable:
         raise InterpError("nothing in this result depends on the step: give the probe a plot= of its own")
     figure, axes = new_figure(len(drawable))
     for ax, (key, variable) in zip(axes, drawable.items(), strict=True):
-        mean = variable.mean([d for d in ("sample", "pair") if d in variable.dims], keep_attrs=True)
-        others = [d for d in mean.dims if d != "step"]
-        if np.prod([mean.sizes[d] for d in others], initial=1) > MAX_CURVES:
-            mean, others = mean.mean(others, keep_attrs=True), []
-        for n, index in enumerate(product(*(range(mean.sizes[d]) for d in others))):
+        over = next((d for d in ("sample", "pair") if d in variable.dims), None)
+        others = [d for d in variable.dims if d not in ("step", over)]
+        if np.prod([variable.sizes[d] for d in others], initial=1) > MAX_CURVES:
+            variable, others = variable.mean(others, keep_attrs=True), []
+        for n, index in enumerate(product(*(range(variable.sizes[d]) for d in others))):
             chosen = dict(zip(others, index, strict=True))
-            label = " ".join(str(mean[d].values[i]) if d in mean.coords else f"{d} {i}" for d, i in chosen.items())
-            ax.plot(mean["step"], mean.isel(chosen), color=PALETTE[n % len(PALETTE)], label=label or None)
+            text = " ".join(
+                str(variable[d].values[i]) if d in variable.coords else f"{d} {i}" for d, i in chosen.items()
+            )
+            one, color = variable.isel(chosen), PALETTE[n % len(PALETTE)]
+            if over is None:
+                ax.plot(one["step"], one, color=color, label=text)
+            else:
+                curve(ax, one["step"], one.transpose(over, "step"), color=color, label=text, units=units_of(ds, over))
         step_axis(ax)
         ax.set_ylabel(f"{key} ({variable.attrs.get('units', '')})")
         if others:
-            ax.legend()
+            legend(ax)
     return figure

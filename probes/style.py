@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from interp.probes.bootstrap import mean_interval
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -55,22 +57,45 @@ def step_axis(ax: Axes) -> None:
     ax.grid(axis="y", color="0.9", linewidth=0.6)
 
 
-def mean_and_spread(values: Any, axis: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mean, 10th and 90th percentile over `axis`, ignoring NaN; all-NaN stays NaN silently."""
-    array = np.moveaxis(np.asarray(values, dtype=float), axis, 0)
-    if not np.isfinite(array).any():
-        empty = np.full(array.shape[1:], np.nan)
-        return empty, empty, empty
-    masked = np.ma.masked_invalid(array)
-    mean = masked.mean(0).filled(np.nan)
-    rows = array[np.isfinite(array).reshape(len(array), -1).any(1)]
-    low, high = np.nanpercentile(np.where(np.isfinite(rows), rows, mean), [10, 90], axis=0)
-    return mean, low, high
+def curve(
+    ax: Axes, x: Any, values: Any, *, color: str, label: str, units: np.ndarray | None = None, dashed: bool = False
+) -> None:
+    """Draw the mean over samples (axis 0 of `values`) with its bootstrap 95 % interval as a band.
+
+    units: (sample,) what the bootstrap draws anew (`interp.probes.bootstrap.units_of`); None: the samples. NaN is
+    left out. The interval is that of 2,000 resamples and seed 0.
+    """
+    array = np.asarray(values, dtype=float)
+    line(ax, x, *mean_interval(array, np.arange(len(array)) if units is None else units), color, label, dashed)
 
 
-def curve(ax: Axes, x: Any, values: Any, *, color: str, label: str, dashed: bool = False) -> None:
-    """Draw the mean over samples (axis 0 of `values`) with a band from the 10th to the 90th percentile."""
-    mean, low, high = mean_and_spread(values)
+def line(ax: Axes, x: Any, mean: Any, interval: Any, color: str, label: str, dashed: bool = False) -> None:
+    """Draw a mean (point,) with its interval (point, bound) as a band."""
     ax.plot(x, mean, color=color, label=label, linestyle="--" if dashed else "-", linewidth=1.6)
-    if len(values) > 1:
-        ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    low, high = np.asarray(interval).T
+    if np.isfinite(low).any():
+        ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+
+
+def dots(ax: Axes, x: Any, mean: Any, interval: Any, color: str, label: str, marker: str = "o") -> None:
+    """Draw means (point,) as dots with their intervals (point, bound) as bars."""
+    low, high = np.asarray(interval).T
+    bars = np.nan_to_num([np.asarray(mean) - low, high - np.asarray(mean)]).clip(0)
+    ax.errorbar(x, mean, yerr=bars, fmt=marker, color=color, capsize=3, markersize=5, label=label)
+
+
+def legend(ax: Axes) -> None:
+    """Put a small legend without a frame."""
+    ax.legend(fontsize=7, frameon=False)
+
+
+def shades(number: int) -> list[Any]:
+    """Return that many colours of one scale, for what is ordered: layers, windows."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](v) for v in np.linspace(0, 0.9, max(number, 1))][:number]
+
+
+def note(figure: Figure, text: str = "Bands and bars: bootstrap 95 % interval of the mean.") -> None:
+    """Say in small letters below the panels how uncertainty is shown."""
+    figure.supxlabel(text, fontsize=7, color="0.35")

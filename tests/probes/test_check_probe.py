@@ -8,8 +8,11 @@ import xarray as xr
 
 from interp.probes import probe
 from interp.probes.attribution import attention_mass, token_attribution
+from interp.probes.convergence import attention_convergence
+from interp.probes.entropy import attention_entropy
 from interp.probes.eos import eos_replacement
 from interp.probes.frequency import frequency_energy
+from interp.probes.guidance import guidance_norm
 from interp.probes.testing import check_probe, swap_run
 from interp.stores import synthetic_run
 
@@ -17,6 +20,9 @@ CASES = [
     (frequency_energy, synthetic_run),
     (token_attribution, synthetic_run),
     (attention_mass, synthetic_run),
+    (attention_entropy, synthetic_run),
+    (attention_convergence, synthetic_run),
+    (guidance_norm, synthetic_run),
 ]
 CASES += [(eos_replacement, swap_run)]
 CHECKS = [(p, make, c.name) for p, make in CASES for c in check_probe(p, make)]
