@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from interp.errors import InterpError
-from interp.job_commands import add_commands
+from interp.job_commands import RunPath, add_commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,7 +24,6 @@ app = typer.Typer(
     help="Trace, probe and intervene on text-to-image diffusion models. Start with: interp demo",
 )
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run that interp trace wrote, e.g. run.zarr.")]
 Model = Annotated[str, typer.Argument(help="'scenes' (bundled), a local diffusers folder, or a Hub id.")]
 
 

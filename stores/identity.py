@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from interp.stores.errors import StoreError
+from interp.stores.safety import check_safe
 from interp.stores.table import FORMAT
 
 
@@ -24,13 +25,22 @@ def identify(path: Path, advice: str) -> dict[str, Any]:
         raise StoreError(f"{path} is a folder of something else, not a run; {advice}")
     try:
         root = read_root(path)
-        found = str(root.get("attributes", {}).get("format", ""))
-    except (ValueError, AttributeError):
+    except (ValueError, OSError, RecursionError):
         raise StoreError(f"{path}/zarr.json cannot be read, so this is not a run; {advice}") from None
-    if not found.startswith(FORMAT.partition("/")[0] + "/"):
-        raise StoreError(f"{path} is a Zarr store, but not a run; {advice}")
-    check_format(path, found)
+    check_root(path, root, advice)
+    check_safe(path, root.get("consolidated_metadata", {}).get("metadata"), path)
     return root
+
+
+def check_root(where: object, root: Any, advice: str) -> None:
+    """Raise StoreError, ending in `advice`, unless a root's metadata say that this is a run of the known format."""
+    try:
+        found = str(root["attributes"].get("format", ""))
+    except (KeyError, TypeError, AttributeError):
+        raise StoreError(f"{where} is a Zarr store, but not a run; {advice}") from None
+    if not found.startswith(FORMAT.partition("/")[0] + "/"):
+        raise StoreError(f"{where} is a Zarr store, but not a run; {advice}")
+    check_format(where, found)
 
 
 def check_format(path: object, found: str) -> None:

@@ -15,7 +15,7 @@ from interp.stores.errors import StoreError
 from interp.stores.identity import read_root
 from interp.stores.lock import RunLock
 from interp.stores.shards import MISSING, read_index
-from interp.stores.skeleton import chunk_file
+from interp.stores.skeleton import chunk_file, read_table
 from interp.stores.status import set_status
 from interp.stores.table import DONE, FAILED, SCORES_NODE, TODO, Variable, find_variable
 from interp.stores.validation import validate
@@ -48,20 +48,20 @@ def verify(run: "Run") -> list[str]:
 def check(run: "Run") -> list[Problem]:
     """Do what `verify` does; the problems name their sample as a number too."""
     local = run.path if isinstance(run.path, Path) and run.path.is_dir() else None
+    listed = read_root(local)["consolidated_metadata"]["metadata"] if local else {}
+    tables = list(_tables(local, listed) if local else _coords(run.tree))
     try:
-        problems = [Problem(None, "", text) for text in validate(run.tree)]
+        problems = tables or [Problem(None, "", text) for text in validate(run.tree)]
         numbers = np.asarray(run.tree["sample"].values)
         found, status = _statuses(local, numbers) if local else ([], run.samples["status"].to_numpy())
     except (ValueError, OSError) as error:
         return [Problem(None, "", f"the table of samples cannot be read: {error}")]
-    problems += found
+    problems = [*problems, *found]
     known = {0, DONE, FAILED}
     problems += [Problem(int(n), "status", f"sample {n} has status {s}; known are 0, 1, 2")
                  for n, s in zip(numbers, status, strict=True) if s not in known]  # fmt: skip
-    listed = read_root(local)["consolidated_metadata"]["metadata"] if local else {}
     for node in run.tree.subtree:
         data = node.to_dataset(inherit=True)
-        problems += _whole(node.path.strip("/"), data)
         if node.path == "/":
             continue
         for name, array in data.data_vars.items():
@@ -71,7 +71,8 @@ def check(run: "Run") -> list[Problem]:
             for at in np.flatnonzero(status == DONE):
                 number = int(numbers[at])
                 texts = _files(local / path, path, listed[path], number) if local and path in listed else []
-                texts += _values(path, array, int(at), number, _evaluated(run, int(at)))
+                evaluated = _evaluated(run, int(at)) if not tables else None  # which goes by their labels
+                texts += _values(path, array, int(at), number, evaluated)
                 problems += [Problem(number, path, text) for text in texts]
     return problems
 
@@ -121,15 +122,37 @@ def _statuses(path: Path, numbers: np.ndarray, *, forget: bool = False) -> tuple
     return problems, status[numbers]
 
 
-def _whole(node: str, data: xr.Dataset) -> Iterator[Problem]:
-    """Read what is no sample's own: coordinates, and at the root the columns."""
-    columns = [] if node else [n for n in data.data_vars if n not in ("status", "error")]
-    for name in [*data.coords, *columns]:
-        path = f"{node}/{name}".strip("/")
+def _coords(tree: xr.DataTree) -> Iterator[Problem]:
+    """Read the coordinates of a run that is no local folder."""
+    for node in tree.subtree:
+        for name, coord in node.coords.items():
+            try:
+                coord.variable.copy(deep=False).load()
+            except (ValueError, OSError, RuntimeError) as error:
+                path = f"{node.path}/{name}".strip("/")
+                yield Problem(None, path, f"{path} cannot be read: {error}")
+
+
+def broken_tables(path: Path) -> list[str]:
+    """Return what is wrong with the arrays that are known before the samples: coordinates and columns."""
+    listed = read_root(path)["consolidated_metadata"]["metadata"]
+    return [str(p) for p in _tables(path, listed)]
+
+
+def _tables(path: Path, listed: dict[str, Any]) -> Iterator[Problem]:
+    coords = {f"{group}/{name}" for group, found in listed.items() if found["node_type"] == "group"
+              for name in str(found["attributes"].get("coordinates", "")).split()}  # fmt: skip
+    for name, found in listed.items():
+        if found["node_type"] != "array" or not (
+            name in coords or ("/" not in name and name not in ("status", "error"))
+        ):
+            continue
         try:
-            data[name].variable.copy(deep=False).load()
+            read_table(path / name, found, placement_of(found))
+        except FileNotFoundError as error:
+            yield Problem(None, name, f"{name} is missing; the file {error.filename} is not there")
         except (ValueError, OSError, RuntimeError) as error:
-            yield Problem(None, path, f"{path} cannot be read: {error}")
+            yield Problem(None, name, f"{name} cannot be read: {error}")
 
 
 def _files(folder: Path, path: str, metadata: dict[str, Any], number: int) -> list[str]:
@@ -164,19 +187,22 @@ def _evaluated(run: "Run", at: int) -> xr.DataArray | None:
     trajectory = run.tree.children.get("trajectory")
     if trajectory is None or "guidance_scale" not in trajectory.dataset:
         return None
-    scale = trajectory.dataset["guidance_scale"].isel(sample=at).load()
+    try:
+        scale = trajectory.dataset["guidance_scale"].isel(sample=at).load()
+    except (ValueError, OSError, RuntimeError):  # damaged, which is said where it is checked itself
+        return None
     return xr.concat([scale != 0, scale != 1], "branch").assign_coords(branch=["cond", "uncond"])
 
 
 def _values(path: str, array: xr.DataArray, at: int, number: int, evaluated: xr.DataArray | None) -> list[str]:
+    row = find_variable(path)
     try:
         values = array.isel(sample=at).load()
-    except (ValueError, OSError, RuntimeError) as error:
+        if row is None or values.dtype.kind != "f" or row.nan == "allowed":
+            return []
+        wrong = _not_finite(values, row, evaluated)
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
         return [f"sample {number}: {path} cannot be read: {error}"]
-    row = find_variable(path)
-    if row is None or values.dtype.kind != "f" or row.nan == "allowed":
-        return []
-    wrong = _not_finite(values, row, evaluated)
     return [f"sample {number}: {path} has {wrong} values that are not finite"] if wrong else []
 
 

@@ -15,6 +15,7 @@ from interp.stores.added import add_group
 from interp.stores.describe import describe
 from interp.stores.errors import StoreError, nearest
 from interp.stores.identity import check_format, identify
+from interp.stores.integrity import broken_tables
 from interp.stores.schema import Group
 from interp.stores.scores import write_scores
 from interp.stores.select import positions, unstack
@@ -30,24 +31,36 @@ _CAPTURED_BY = {
 
 
 def open_run(path: str | os.PathLike[str]) -> "Run":
-    """Open the run at `path` without loading its data.
+    """Open the run at `path` without loading its data: a folder, a .zip file of one, or an address (`s3://…`).
+
+    Addresses need the extra `[s3]`; credentials and endpoint come from the usual `AWS_…` variables.
 
     Raises StoreError if nothing is there, if it is not a run, or if a newer version of the format wrote it.
 
     >>> run = open_run("run.zarr")                    # doctest: +SKIP
     >>> run.attention("32x32").isel(sample=0).load()  # doctest: +SKIP
     """
-    text = os.fspath(path)
-    advice = "give the folder that trace(store=...) wrote"
-    remote = "://" in text
-    if not remote:
+    text, advice = os.fspath(path), "give the folder that trace(store=...) wrote"
+    elsewhere = is_elsewhere(text) and not Path(text).is_dir()
+    if elsewhere:
+        from interp.stores.places import zarr_store
+
+        source: Any = zarr_store(text)
+    else:
         identify(Path(text), advice)
+        source = text
     try:
-        tree = xr.open_datatree(text, engine="zarr", chunks=None)
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{text} could not be opened as a run: {error}; {advice}") from error
+        tree = xr.open_datatree(source, engine="zarr", chunks=None, consolidated=True)
+    except Exception as error:  # whatever xarray and zarr make of damaged metadata or coordinates
+        found = "" if elsewhere else "; ".join(broken_tables(Path(text))[:3])
+        raise StoreError(f"{text} could not be opened as a run: {found or error}; {advice}") from error
     check_format(text, str(tree.attrs.get("format", "unknown")))
-    return Run(tree, text if remote else Path(text))
+    return Run(tree, text if elsewhere else Path(text))
+
+
+def is_elsewhere(text: str) -> bool:
+    """Whether `text` names something else than a folder."""
+    return "://" in text or text.endswith(".zip")
 
 
 class Run:
