@@ -389,6 +389,11 @@ class HookRegistry:
             return None  # not the pipeline's own call: a module that an nnsight block runs by itself, beside it
         if call is None:  # outside the denoiser: the text encoder, which runs once per branch before the first step
             call = DenoiserCall((), {}, ("",), -1, float("nan"), 0, tensor.shape[0])
+        if tensor.shape[:1] != (call.samples * len(call.branches),):
+            raise InterpError(
+                f"a tensor of shape {tuple(tensor.shape)} passes at {site!r}, whose first dimension does not hold "
+                f"{_rows(call)}; read it with a plain torch hook"
+            )
         parts, changed = split_rows(tensor, call.branches), False
         for fn in self._writers.get(site, ()):
             for branch, part in parts.items():
@@ -416,6 +421,11 @@ class HookRegistry:
         call = self._call
         if call is None or not call.branches or _RUNNING.get() is None:
             return None
+        if kernel.rows != call.samples * len(call.branches):
+            raise InterpError(
+                f"attention at {kernel.site!r} ran for {kernel.rows} rows instead of {_rows(call)}; a cache that leaves out a "
+                "branch (FasterCache) must be turned off while attention is recorded"
+            )
         for fn in self._attention.get(kernel.site, ()):
             fn(kernel, call)
         for quantity, tensor in (("q", kernel.query), ("k", kernel.key), ("v", kernel.value)):
@@ -428,6 +438,11 @@ class HookRegistry:
         if site in self._readers or site in self._writers:
             return self._apply(site, kernel.probabilities(), kernel.call)
         return None
+
+
+def _rows(call: DenoiserCall) -> str:
+    branches = " and ".join(call.branches) or "no branch"
+    return f"the call's {call.samples * len(call.branches)} rows ({call.samples} samples of {branches})"
 
 
 def _watch_context(module: Any, tell: Callable[[str | None], None]) -> Callable[[], None]:

@@ -46,6 +46,13 @@ class AttentionCall:
     call: int = 0
 
     @property
+    def rows(self) -> int:
+        """Number of rows: samples of all branches."""
+        some = self.query if self.probs is None else self.probs
+        assert some is not None
+        return int(some.shape[0])
+
+    @property
     def size(self) -> tuple[int, int]:
         """Numbers of queries and keys."""
         if self.probs is not None:

@@ -169,7 +169,7 @@ class Recorder:
             if missing:
                 raise InterpError(
                     f"{missing[0]!r} did not run in this step, so its attention cannot be recorded; a cache that skips "
-                    "blocks must be turned off (pipe.unet.disable_cache(), DeepCache and the like)"
+                    "blocks must be turned off (disable_cache() of the denoiser, DeepCache and the like)"
                 )
             layers = [self._layers(one) for one in members]
             parts = {
@@ -185,6 +185,12 @@ class Recorder:
             parcel[f"{site_node(one.name)}/value"] = torch.stack(values, dim=2)
         for site in self.plan.sites:
             parts = {b: t.float() for (name, b), t in self._values.items() if name == site.site}
+            gaps = self._evaluated & set(wanted) - set(parts)
+            if gaps:
+                raise InterpError(
+                    f"{site.site!r} did not run in this step, so it cannot be recorded; a cache that skips blocks must be "
+                    "turned off (disable_cache() of the denoiser, DeepCache and the like)"
+                )
             like = torch.empty((len(self.samples), *site.shape))
             parcel[f"{site_node(site.site)}/value"] = _branches(parts, wanted, like)
         return parcel

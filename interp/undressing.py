@@ -1,17 +1,23 @@
-"""A module without what others put on it: hooks, an offload's or nnsight's `forward`, compiled code."""
+"""A module without what others put on it: hooks, an offload's or nnsight's `forward`, compiled code, own kernels."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 @contextmanager
 def undressed(module: torch.nn.Module) -> Iterator[None]:
-    """Put aside all that others put on a module and those within it: none of it is to meet tensors without data."""
+    """Put aside all that others put on a module and those within it: none of it is to meet tensors without data.
+
+    Nor is a kernel that diffusers' dispatcher was told to use: many cannot take such tensors; the native one stands in.
+    """
+    backends = _AttentionBackendRegistry._backends
+    kernels = dict(backends)
     worn = [
         (m, name, vars(m)[name])
         for m in module.modules()
@@ -24,7 +30,9 @@ def undressed(module: torch.nn.Module) -> Iterator[None]:
                 vars(m)[name] = OrderedDict()
             else:
                 del vars(m)[name]
+        backends.update(dict.fromkeys(kernels, kernels[AttentionBackendName.NATIVE]))
         yield
     finally:
+        backends.update(kernels)
         for m, name, own in worn:
             vars(m)[name] = own

@@ -31,7 +31,7 @@ def check_family(
     reference: Callable[..., Any] | None = None,
     only: Sequence[str] = (),
 ) -> Iterator[Check]:
-    """Yield the checks of a model family, to be called one by one, e.g. by `pytest.mark.parametrize("check", list(…), ids=str)`.
+    """Yield the checks of a model family, to be called one by one: `pytest.mark.parametrize("check", list(…), ids=str)`.
 
     Checked: the image is bit-equal to an unwatched one in float32 and bfloat16, with guidance and without; nothing is
     left behind, also after an exception; stored attention equals an independent computation within 1e-5, and its rows
