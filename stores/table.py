@@ -75,7 +75,13 @@ def _root() -> tuple[Variable, ...]:
         ("prompt_id", _INT, "table", True, "row of the prompt table"),
         ("batch", _INT, "table", True, "which samples ran together; kept when a run is resumed"),
         ("status", _I1, "batch", True, "0 to do, 1 done, 2 failed; written last, after the data are durable"),
-        ("error", _STR, "batch", True, "why a sample failed, one sentence"),
+        (
+            "error",
+            _STR,
+            "batch",
+            True,
+            "why a sample failed, or in what a finished one departs from the plan; one sentence",
+        ),
     )
     index = Variable("", "sample", ("sample",), _INT, "table", "number of the sample", "", True, True)
     return index, *(Variable("", n, ("sample",), t, s, m, "", False, r) for n, t, s, r, m in rows)

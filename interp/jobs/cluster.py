@@ -7,6 +7,7 @@ the death of one worker would take others' tasks along.
 import contextlib
 import faulthandler
 import json
+import os
 import subprocess
 import sys
 import time
@@ -130,7 +131,14 @@ class Cluster:
 def _start_scheduler(file: Path) -> subprocess.Popen:
     """Start a Dask scheduler that writes its address to `file`, and that ends when it has nothing to do for long."""
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--scheduler-file", str(file), "--port", "0"]
-    process = subprocess.Popen([*command, "--no-dashboard", "--idle-timeout", "15 minutes"], stderr=subprocess.DEVNULL)
+    settings = {
+        "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"
+    }  # what a dead worker's task becomes is ours to say
+    process = subprocess.Popen(
+        [*command, "--no-dashboard", "--idle-timeout", "15 minutes"],
+        stderr=subprocess.DEVNULL,
+        env=os.environ | settings,
+    )
     until = time.monotonic() + PATIENCE
     while not file.exists():
         if process.poll() is not None or time.monotonic() > until:
