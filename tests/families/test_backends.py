@@ -20,7 +20,7 @@ CAPTURE = interp.Capture(attention="all", heads="all", tokens="all", dtype="floa
 FLUX = "transformer.transformer_blocks.0.attn"
 
 
-def traced(pipe, capture=CAPTURE, steps=steps, **options):
+def traced(pipe, capture=CAPTURE, steps=3, **options):
     return interp.trace(
         pipe,
         "a red circle",
