@@ -31,6 +31,11 @@ class Timeline:
     def __len__(self) -> int:
         return len(self.timestep)
 
+    def after(self, steps: int) -> "Timeline":
+        """Return the noise levels without the first `steps`."""
+        levels = (self.timestep, self.sigma, self.alpha_bar, self.data_scale, self.noise_scale)
+        return Timeline(*(level[steps:] for level in levels))
+
 
 @dataclass(frozen=True)
 class StepEnd:

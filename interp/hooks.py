@@ -244,6 +244,8 @@ class HookRegistry:
         kept = tuple(b for b in branches if b in call.keep)
         for one in (*around, call):
             one.branches = kept
+        if not kept and plain(module) is not self.family.denoiser:
+            return run(*args, **kwargs)  # a ControlNet in guess mode, whose only rows go with what is dropped
         if not kept:
             return self._skip(call)
         if kept != branches:

@@ -160,10 +160,8 @@ def _call_plan(pipe: Any, capture: Capture, arguments: dict[str, Any], condition
         raise InterpError(
             "interp.record needs the prompt as text (prompt=…), to label the tokens; embeddings have none"
         )
-    if any(arguments.get(name) is not None for name in ("timesteps", "sigmas")) or "strength" in arguments:
-        raise InterpError(
-            "interp.record follows whole sampling runs; custom timesteps, sigmas and image-to-image are not supported yet"
-        )
+    if any(arguments.get(name) is not None for name in ("timesteps", "sigmas")):
+        raise InterpError("interp.record follows whole sampling runs; custom timesteps and sigmas are not supported")
     others = [
         n for n in arguments if n.startswith(("prompt_", "negative_prompt_")) and n[-1].isdigit() and arguments[n]
     ]
@@ -180,7 +178,7 @@ def _call_plan(pipe: Any, capture: Capture, arguments: dict[str, Any], condition
     generators = generator if isinstance(generator, list) else [generator] * len(prompts) * per
     order = [p for p in range(len(prompts)) for _ in range(per)]
     family = find_family(pipe)
-    default = family.default_size()
+    height, width = family.picture_size(arguments)
     return assemble(
         pipe,
         columns=family.text_length(arguments) + (capture.tokens != "all"),  # later calls may have longer prompts
@@ -199,6 +197,6 @@ def _call_plan(pipe: Any, capture: Capture, arguments: dict[str, Any], condition
         conditions={condition: []},
         steps=int(arguments["num_inference_steps"]),
         guidance=float(arguments.get(family.guidance_argument) or 1),
-        height=int(arguments.get("height") or default[0]),
-        width=int(arguments.get("width") or default[1]),
+        height=height,
+        width=width,
     )

@@ -187,10 +187,14 @@ class Family(ABC):
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels of a call that names no size."""
 
-    def size(self, arguments: Arguments) -> tuple[int, int]:
-        """(height, width) in pixels of what is generated."""
+    def picture_size(self, arguments: Arguments) -> tuple[int, int]:
+        """(height, width) in pixels of the picture that the call returns."""
         default = self.default_size()
         return int(arguments.get("height") or default[0]), int(arguments.get("width") or default[1])
+
+    def size(self, arguments: Arguments) -> tuple[int, int]:
+        """(height, width) in pixels of what is generated; some pipelines resize it afterwards."""
+        return self.picture_size(arguments)
 
     @abstractmethod
     def latent_shape(self, arguments: Arguments) -> tuple[int, int, int]:
@@ -207,6 +211,19 @@ class Family(ABC):
     def schedule(self, arguments: Arguments) -> dict[str, Any]:
         """Return what the pipeline passes to `scheduler.set_timesteps` beside the number of steps."""
         return {}
+
+    def skipped_steps(self, arguments: Arguments) -> int:
+        """Steps that the pipeline leaves out at the beginning, because it starts from a picture.
+
+        Raises:
+            InterpError: the pipeline starts from a picture in a way that is unknown.
+        """
+        if arguments.get("strength") is not None:
+            raise InterpError(
+                f"recording follows whole sampling runs of a {type(self.pipe).__name__}; starting from a picture (strength=…) "
+                "is not supported for it"
+            )
+        return 0
 
     def next_latents(self, out: Any, arguments: Arguments) -> torch.Tensor:
         """Return what the pipeline goes on with from the result of `scheduler.step`."""

@@ -7,6 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from interp.compiling import plain
+from interp.errors import InterpError
 from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family, Pass
 
 # Pipelines whose row order [uncond, cond] was read in their source. Others of the same base (InstructPix2Pix and PAG
@@ -38,7 +39,9 @@ class UNetFamily(Family):
         return found
 
     def branches(self, call: Pass) -> tuple[str, ...]:
-        """[uncond, cond] rows under guidance, else cond alone."""
+        """[uncond, cond] rows under guidance, else cond alone; in guess mode a ControlNet sees cond alone."""
+        if call.kwargs.get("guess_mode"):
+            return ("cond",)
         return ("uncond", "cond") if self.pipe.do_classifier_free_guidance else ("cond",)
 
     def guided(self, arguments: Arguments) -> bool:
@@ -65,6 +68,33 @@ class UNetFamily(Family):
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.pipe.vae_scale_factor, width * self.pipe.vae_scale_factor
 
+    def picture_size(self, arguments: Arguments) -> tuple[int, int]:
+        """Where the call names no size: that of the picture it starts from or is controlled by, else the model's own."""
+        image = arguments.get("control_image") if arguments.get("control_image") is not None else arguments.get("image")
+        inpaints = "Inpaint" in type(self.pipe).__name__ and "ControlNet" not in type(self.pipe).__name__
+        if image is None or arguments.get("height") or arguments.get("width") or inpaints:
+            return super().picture_size(arguments)
+        while isinstance(image, list):
+            image = image[0]
+        height, width = self.pipe.image_processor.get_default_height_width(image)
+        return int(height), int(width)
+
+    def skipped_steps(self, arguments: Arguments) -> int:
+        """Image-to-image and inpainting leave out the first 1 − strength of the steps."""
+        if arguments.get("strength") is None:
+            return 0
+        if arguments.get("denoising_start") is not None or arguments.get("denoising_end") is not None:
+            raise InterpError(
+                "recording follows whole sampling runs; denoising_start and denoising_end are not supported"
+            )
+        if "Inpaint" in type(self.pipe).__name__ and self.denoiser.config.in_channels == 4:
+            raise InterpError(
+                "inpainting with a UNet of 4 channels mixes the latents with the picture's after each step, which is not "
+                "recorded; use an inpainting model (9 channels), or interp.HookRegistry"
+            )
+        steps = int(arguments["num_inference_steps"])
+        return steps - min(int(steps * float(arguments["strength"])), steps)
+
     def latent_shape(self, arguments: Arguments) -> tuple[int, int, int]:
         """One latent position per `vae_scale_factor`² pixels."""
         scale, (height, width) = self.pipe.vae_scale_factor, self.size(arguments)
@@ -82,7 +112,18 @@ class UNetFamily(Family):
                 "text_embeds": torch.empty(1, pooled, dtype=dtype),
                 "time_ids": torch.empty(1, 6, dtype=dtype),
             }
+        if config.encoder_hid_dim_type == "ip_image_proj":
+            kwargs.setdefault("added_cond_kwargs", {})["image_embeds"] = self._adapter_inputs(dtype)
         return DenoiserInputs((torch.empty(1, config.in_channels, y, x, dtype=dtype), torch.tensor(1)), kwargs)
+
+    def _adapter_inputs(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Embeddings of one picture for each IP-Adapter; those of the plus kind take a sequence."""
+        found = []
+        for layer in self.denoiser.encoder_hid_proj.image_projection_layers:
+            width = next(m for m in layer.modules() if isinstance(m, torch.nn.Linear)).in_features
+            shape = (1, 1, 1, width) if "Plus" in type(layer).__name__ else (1, 1, width)
+            found.append(torch.empty(shape, dtype=dtype))
+        return found
 
     @torch.no_grad()
     def encode(self, prompts: list[str], arguments: Arguments | None = None) -> EncodedPrompt:

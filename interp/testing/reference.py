@@ -1,10 +1,11 @@
 """Attention probabilities of a module as a black box: an independent reference for every family.
 
-The output of attention is linear in the values: out = P·V. So the values are what is chosen here: one-hot rows put in
-at the value projections, and P is read off the output, before the output projection. The module itself computes it, by
-its own kernel, with whatever norms, masks, rotary embedding and grouping it has; nothing is known of queries and keys,
-nor watched at the kernel, which is how recording works. What is needed is the names of the value projections
-(`to_v`, `add_v_proj`) and of the output projections (`to_out`, `to_add_out`), and which of them are the image's.
+The output of attention is linear in the values: out = P·V, plus what other values add (an IP-Adapter's picture). So the
+values are what is chosen here: one-hot rows put in at the value projections, and P is read off the output, before the
+output projection. The module itself computes it, by its own kernel, with whatever norms, masks, rotary embedding and
+grouping it has; nothing is known of queries and keys, nor watched at the kernel, which is how recording works.
+What is needed is the names of the value projections (`to_v`, `add_v_proj`) and of the output projections (`to_out`,
+`to_add_out`), and which of them are the image's.
 """
 
 from collections.abc import Mapping
@@ -40,13 +41,18 @@ def black_box_attention(
         )
     lengths = _lengths(module, streams, args, kwargs)
     found: dict[tuple[str, str], list[torch.Tensor]] = {}
+    nothing = _run(module, streams, "", range(0), 1, args, kwargs)
     for keys, (length, width, grouped) in lengths.items():
         feature = width // grouped if grouped else width // heads
         for start in range(0, length, feature):
             outputs = _run(module, streams, keys, range(start, min(start + feature, length)), feature, args, kwargs)
             for queries, out in outputs.items():
                 # (rows, query, head·feature) → (rows, head, query, key)
-                block = out.unflatten(-1, (heads, -1)).transpose(1, 2)[..., : min(feature, length - start)]
+                block = (
+                    (out - nothing[queries])
+                    .unflatten(-1, (heads, -1))
+                    .transpose(1, 2)[..., : min(feature, length - start)]
+                )
                 found.setdefault((queries, keys), []).append(block.float())
     return {pair: torch.cat(blocks, -1) for pair, blocks in found.items()}
 
