@@ -15,7 +15,7 @@ def draw(ds: xr.Dataset) -> Figure:
 
     ds: the result of `eos_replacement`. One panel a metric (each has its own unit), one for the distances.
     """
-    from interp.probes.style import BLUE, ORANGE, new_figure, step_axis, title
+    from interp.probes.style import BLUE, ORANGE, new_figure, note, step_axis, title
 
     colour = {"source": BLUE, "target": ORANGE}
     metrics = [str(m) for m in ds["metric"].values]
@@ -59,4 +59,8 @@ def draw(ds: xr.Dataset) -> Figure:
     title(distance, "Distance of the swap's latents")
     step_axis(distance)
     distance.legend(fontsize=7, frameon=False)
+    note(
+        figure,
+        f"Means over {ds.attrs['pairs']} pairs; bars and bands: bootstrap 95 % intervals over {ds.attrs['resampled']}s.",
+    )
     return figure

@@ -22,6 +22,7 @@ REMEDY = {
     "sites": "trace again with Capture(sites=(…,)), naming the site",
     "text": "trace again with Capture(text=True)",
     "images": "trace again with Capture(image=True)",
+    "x0": "run `interp score RUN --metric x0`",
     "scores": "run `interp score RUN` with that metric",
     "samples": "add that column to the table of prompts and trace again",
 }
@@ -31,7 +32,7 @@ def require(run: Run, needs: Mapping[str, Any], *, asker: str = "this analysis")
     """Raise InterpError for the first thing in `needs` that the run does not hold.
 
     Keys are nodes of the run: `trajectory`, `attention` (and `self_attention`, `text_attention`), `sites`,
-    `text`, `images`, `scores`, or `samples` for the columns of the prompt table. Values are True, or the
+    `text`, `images`, `x0`, `scores`, or `samples` for the columns of the prompt table. Values are True, or the
     names wanted in that node: variables, grids (`"32x32"`), sites, encoders, metrics, columns.
 
     >>> from interp.stores import synthetic_run
@@ -50,7 +51,7 @@ Capture(attention="cross")
         names = [] if wanted is True else [wanted] if isinstance(wanted, str) else list(wanted)
         if not present:
             what = f"{node} {', '.join(map(repr, names))}" if names else node
-            verb = "has not got" if node in ("scores", "samples") else "did not capture"
+            verb = "has not got" if node in ("scores", "samples", "x0") else "did not capture"
             raise InterpError(f"{asker} needs {what}, which this run {verb}: {_remedy(node, names)}")
         for name in names:
             if name not in present:

@@ -42,6 +42,37 @@ def new_figure(columns: int, rows: int = 1, *, width: float = 4.2, height: float
     return figure, list(grid.flat)
 
 
+def panels(number: int, *, across: int = 3, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """Return a Figure with that many panels, at most `across` in a row; sizes in inches per panel."""
+    columns = min(across, max(number, 1))
+    figure, axes = new_figure(columns, -(-number // columns), width=width, height=height)
+    for ax in axes[number:]:
+        ax.remove()
+    return figure, axes[:number]
+
+
+def strips_and_panels(
+    rows: int, columns: int, number: int, *, size: float = 1.15, height: float = 2.9
+) -> tuple[Figure, list[Axes], list[Axes]]:
+    """Return a Figure with rows·columns pictures above and `number` panels below; `size` of a picture in inches."""
+    from matplotlib.figure import Figure
+
+    width = max(columns * size, 2.6 * number, 6.0)
+    picture = min(width / max(columns, 1), 1.6) + 0.15
+    figure = Figure(figsize=(width, rows * picture + height), layout="constrained", dpi=120)
+    share = [rows * picture, height] if rows else [1e-3, height]
+    parts: Any = figure.subfigures(2, 1, height_ratios=share)
+    above, below = parts
+    pictures = list(above.subplots(rows, columns, squeeze=False).flat) if rows else []
+    axes = list(below.subplots(1, number, squeeze=False).flat)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(which="both", labelsize=8)
+        ax.xaxis.label.set_size(9)
+        ax.yaxis.label.set_size(9)
+    return figure, pictures, axes
+
+
 def title(ax: Axes, text: str) -> None:
     """Set the panel's title."""
     ax.set_title(text, fontsize=10)

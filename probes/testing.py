@@ -24,9 +24,12 @@ import numpy as np
 import xarray as xr
 
 from interp.probes.base import Probe
+from interp.probes.made import changed_run, film_run, like, swap_run
 from interp.probes.watching import MANY, bounded
 from interp.stores import Run, synthetic_run
 from interp.stores.errors import InterpError
+
+__all__ = ["Check", "changed_run", "check_probe", "film_run", "swap_run"]
 
 PARTS = {  # what a run may lack, and the needs that it then does not meet
     "latents": ("trajectory", ("latents", "final_latents")),
@@ -99,23 +102,6 @@ def check_probe(probe: Probe, make_run: Callable[..., Run] = synthetic_run, **pa
     yield Check("pickled", lambda: _same(ask(runs(**several)), ask(runs(**several), _pickled(probe)), exact=True))
     if probe.plot is not None:
         yield Check("plot", lambda: _drawn(probe, ask(runs(**several))))
-
-
-def swap_run(samples: int = 4, **kwargs: Any) -> Run:
-    """Return a synthetic run of conditions `baseline` and `eos`; the `target` of a prompt is the next prompt.
-
-    kwargs: those of `interp.stores.synthetic_run`. Nothing was really swapped: for trying `eos_replacement`
-    on.
-
-    >>> swap_run(samples=2).samples["target"].tolist()[0] == swap_run(samples=2).samples["prompt"].tolist()[1]
-    True
-    """
-    run = synthetic_run(samples=samples, conditions=("baseline", "eos"), **kwargs)
-    prompts = [str(p) for p in run.samples["prompt"]]
-    following = [prompts[(i + 1) % samples + i // samples * samples] for i in range(len(prompts))]
-    tree = run.tree.copy()
-    tree["target"] = xr.DataArray(np.array(following, dtype=np.dtypes.StringDType()), dims="sample")
-    return Run(tree)
 
 
 def _documented(probe: Probe) -> None:
@@ -214,7 +200,7 @@ def _lazy(run: Run) -> Run:
             keep_attrs=True,
         )
 
-    return _like(run, chunked)
+    return like(run, chunked)
 
 
 def _half(run: Run) -> Run:
@@ -227,11 +213,4 @@ def _half(run: Run) -> Run:
 
         return dataset.map(cut, keep_attrs=True)
 
-    return _like(run, halved)
-
-
-def _like(run: Run, change: Callable[[xr.Dataset], xr.Dataset]) -> Run:
-    nodes = {node.path: change(node.to_dataset(inherit=False)) for node in run.tree.subtree}
-    tree = xr.DataTree.from_dict(nodes)
-    tree.attrs.update(run.tree.attrs)
-    return Run(tree)
+    return like(run, halved)

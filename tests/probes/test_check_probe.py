@@ -1,19 +1,27 @@
 """check_probe passes for every built-in probe, and each of its checks fails for a probe made to fail it."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
 import xarray as xr
 
 from interp.probes import probe
+from interp.probes.ablation import token_ablation
 from interp.probes.attribution import attention_mass, token_attribution
+from interp.probes.causal import causal_tracing
 from interp.probes.convergence import attention_convergence
 from interp.probes.entropy import attention_entropy
 from interp.probes.eos import eos_replacement
+from interp.probes.film import x0_film
 from interp.probes.frequency import frequency_energy
 from interp.probes.guidance import guidance_norm
-from interp.probes.testing import check_probe, swap_run
+from interp.probes.heads import head_relevance
+from interp.probes.lens import diffusion_lens
+from interp.probes.substitution import key_value_substitution
+from interp.probes.testing import changed_run, check_probe, film_run, swap_run
+from interp.probes.windows import acceleration, text_window
 from interp.stores import synthetic_run
 
 CASES = [
@@ -24,7 +32,25 @@ CASES = [
     (attention_convergence, synthetic_run),
     (guidance_norm, synthetic_run),
 ]
-CASES += [(eos_replacement, swap_run)]
+EARLY = {f"early{n}": [{"name": "remove_text", "stop": n, "unit": "step"}] for n in (2, 4)}
+LATE = {f"late{n}": [{"name": "remove_text", "start": 6 - n, "unit": "step"}] for n in (1, 3)}
+LOST = {r: [{"name": "replace_tokens", "roles": [r], "value": "zero"}] for r in ("word", "eos")}
+SIDES = {side: [{"name": "replace_eos", "side": side}] for side in ("k", "v", "kv")}
+LAYERS = {f"layer {k}": [{"name": "encoder_layer", "layer": k}] for k in (2, 0)}
+NOISE = {"name": "replace_tokens", "words": ["circle"], "value": "random"}
+RESTORED = {"corrupted": [NOISE], "first": [NOISE, {"name": "patch", "site": "text_encoder.layers.0"}]}
+CASES += [(head_relevance, synthetic_run), (eos_replacement, swap_run), (x0_film, film_run)]
+CASES += [
+    (each, partial(changed_run, conditions))
+    for each, conditions in (
+        (text_window, EARLY),
+        (acceleration, LATE),
+        (token_ablation, LOST),
+        (key_value_substitution, SIDES),
+        (diffusion_lens, LAYERS),
+        (causal_tracing, RESTORED),
+    )
+]
 CHECKS = [(p, make, c.name) for p, make in CASES for c in check_probe(p, make)]
 CALLS = itertools.count()
 
