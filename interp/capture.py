@@ -62,6 +62,9 @@ class Capture:
         region: (top, left, bottom, right) in fractions of the picture: only image positions inside are kept, of
             attention the queries, of sites the positions.
 
+        mantissa: Round attention probabilities to so many bits of mantissa, None not at all: 7 bits change a number by at
+            most 0.4 % and compress about 1.3 times better.
+
     Raises:
         InterpError: a field does not exist (the nearest is named), or a value is of the wrong kind.
 
@@ -72,7 +75,7 @@ class Capture:
         ...
     interp.stores.errors.InterpError: Capture has no field 'head'; did you mean 'heads'? It has: attention, heads, \
 tokens, branches, steps, latents, noise_pred, sites, text, image, reduce, dtype, region, \
-budget
+budget, mantissa
     """
 
     attention: str | tuple[str, ...] | None = "cross"
@@ -89,6 +92,7 @@ budget
     dtype: Literal["float16", "float32"] = "float16"
     region: Region | None = None
     budget: str | float | None = None
+    mantissa: int | None = None
 
     def __init__(self, **values: Any) -> None:
         names = [f.name for f in fields(type(self))]

@@ -46,7 +46,7 @@ def run_groups(
             n, kind=first.kind, grid=first.grid, layers=[m.name for m in members],
             heads=["mean"] if capture.heads == "mean" else [str(h) for h in heads], branches=capture.branches,
             sigma=times.sigma[kept], tokens=tokens, dtype=capture.dtype, self_attention=part == "self",
-            text_attention=part == "text",
+            text_attention=part == "text", mantissa=capture.mantissa,
             cells=None if capture.region is None or part == "text" else capture.chosen_cells(first.grid), **timing,
         )  # fmt: skip
     for site in sites:

@@ -97,7 +97,6 @@ def _write(folder: Path, i: int, value: np.ndarray, node: Node) -> None:
             raise StoreError(f"{folder.name} is too small to be added to a run sample by sample; store it as a score")
         write_file(partial, target, encode(value.reshape(place.outer), compress=place.compress))
         return
-    shard, step = ShardFile(partial, target, place), place.inner[1]
-    for start in range(0, len(value), step):
-        shard.add(start, value[start : start + step])
+    shard = ShardFile(partial, target, place)
+    shard.add_all(value)
     shard.finish()

@@ -19,19 +19,29 @@ class ChecksumError(ValueError):
     """The bytes of a chunk do not agree with their checksum."""
 
 
+def checksum(data: bytes) -> bytes:
+    """Return the crc32c of `data` as it stands on disk."""
+    return int(google_crc32c.value(data)).to_bytes(4, "little")
+
+
 def checksummed(data: bytes) -> bytes:
     """Return `data` followed by its crc32c, as Zarr's codec of that name does."""
-    return data + int(google_crc32c.value(data)).to_bytes(4, "little")
+    return data + checksum(data)
 
 
 def encode(values: np.ndarray, *, compress: bool) -> bytes:
     """Encode one whole chunk; text is an object array."""
+    return checksummed(encode_body(values, compress=compress))
+
+
+def encode_body(values: np.ndarray, *, compress: bool) -> bytes:
+    """Encode one whole chunk, without its checksum."""
     if values.dtype == object:
         exact = np.array([str(v) for v in values.ravel()], object)  # the codec takes str, not numpy's str_
         raw: Any = _TEXT.encode(exact)
-        return checksummed(bytes(_BLOSC.encode(raw)) if compress else bytes(raw))
+        return bytes(_BLOSC.encode(raw)) if compress else bytes(raw)
     values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-    return checksummed(bytes(_BLOSC.encode(values)) if compress else values.tobytes())
+    return bytes(_BLOSC.encode(values)) if compress else values.tobytes()
 
 
 def decode(data: bytes, dtype: str, shape: tuple[int, ...], *, compress: bool) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from interp.stores.background import Background
+from interp.stores.blocks import Block
 from interp.stores.chunks import placement_of
 from interp.stores.codec import encode
 from interp.stores.files import PARTIAL, sweep, write_file
@@ -54,11 +55,11 @@ class DiskWriter(RunWriter):
             for name in self._metadata:
                 sweep(path / name)
         super().__init__(layout, read_status(path, self._metadata["status"]))
-        self._buffers: dict[tuple[int, str], np.ndarray] = {}
+        self._buffers: dict[tuple[int, str], np.ndarray | Block] = {}
         self._rows: dict[int, dict[str, np.ndarray]] = {}
         self._shards: dict[tuple[int, str], ShardFile] = {}
         self._settled: dict[int, tuple[int, dict[str, np.ndarray]]] = {}
-        self._spare: dict[tuple[tuple[int, ...], str], deque[np.ndarray]] = {}
+        self._spare: dict[tuple[tuple[int, ...], tuple[int, ...], str], deque[Block]] = {}
         self._background = Background(queue_bytes)
         self._closed = False
 
@@ -128,10 +129,14 @@ class DiskWriter(RunWriter):
         buffer = self._buffers.get((i, name))
         if buffer is None:
             self._background.check()
-            buffer = self._buffer((min(size, total - start), *array.shape[2:]), array.dtype)
+            shape = (min(size, total - start), *array.shape[2:])
+            buffer = self._block(place.inner, shape, array.dtype) if place.inner else np.empty(shape, array.dtype)
             self._buffers[i, name] = buffer
-        buffer[step - start] = block
-        if step - start + 1 == len(buffer):
+        if isinstance(buffer, Block):
+            buffer.set_step(step - start, block)
+        else:
+            buffer[step - start] = block
+        if step - start + 1 == buffer.shape[0]:
             del self._buffers[i, name]
             self._send(i, name, start, buffer)
 
@@ -142,20 +147,19 @@ class DiskWriter(RunWriter):
             return
         for start in range(0, value.shape[0], place.inner[1]):
             part = value[start : start + place.inner[1]]
-            block = self._buffer(part.shape, value.dtype.name)
-            block[...] = part
+            block = self._block(place.inner, part.shape, value.dtype.name)
+            block.set_all(part)
             self._send(i, name, start, block)
 
-    def _buffer(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """Return an array to fill, a written one if there is any: fresh memory costs page faults."""
+    def _block(self, inner: tuple[int, ...], shape: tuple[int, ...], dtype: str) -> Block:
+        """Return room to fill, a written block if there is any: fresh memory costs page faults."""
         try:
-            return self._spare[shape, dtype].pop()
+            return self._spare[inner, shape, dtype].pop()
         except (KeyError, IndexError):
-            return np.empty(shape, dtype)
+            return Block(shape, inner[1:], dtype)
 
-    def _send(self, i: int, name: str, start: int, block: np.ndarray) -> None:
-        place = self._places[name]
-        if place.inner:
+    def _send(self, i: int, name: str, start: int, block: "np.ndarray | Block") -> None:
+        if isinstance(block, Block):
             self._background.submit(partial(self._write_steps, i, name, start, block), block.nbytes)
         elif self._is_batched(name):
             self._rows.setdefault(i, {})[name] = block
@@ -183,14 +187,15 @@ class DiskWriter(RunWriter):
 
     # What follows runs in the background thread.
 
-    def _write_steps(self, i: int, name: str, start: int, block: np.ndarray) -> None:
+    def _write_steps(self, i: int, name: str, start: int, block: Block) -> None:
         with naming(self._target(i, name)):
             shard = self._shards.get((i, name))
             if shard is None:
                 shard = ShardFile(self._partial(name, i), self._target(i, name), self._places[name])
                 self._shards[i, name] = shard
             shard.add(start, block)
-        spare = self._spare.setdefault((block.shape, block.dtype.name), deque(maxlen=SPARE))
+        key = (self._places[name].inner or (), block.shape, block.chunks.dtype.name)
+        spare = self._spare.setdefault(key, deque(maxlen=SPARE))
         spare.append(block)
 
     def _write_sample(self, i: int, name: str, block: np.ndarray) -> None:

@@ -6,54 +6,80 @@ which every Zarr reader follows.
 """
 
 import hashlib
-import itertools
 import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 
+from interp.stores.blocks import Block
 from interp.stores.chunks import Placement
-from interp.stores.codec import ChecksumError, checksummed, decode, encode, padded
+from interp.stores.codec import ChecksumError, checksum, checksummed, decode, encode_body
 from interp.stores.files import settle
 
 MISSING = np.uint64(2**64 - 1)
+POOLED_BYTES = 1 << 20
+"""Blocks larger than this are encoded by several threads; the codec leaves Python's lock alone."""
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(2, thread_name_prefix="interp-encode")
+
+
+def _encoded(chunk: np.ndarray, compress: bool) -> tuple[bytes, bytes]:
+    """Return one inner chunk and its checksum, apart: joining them would copy it once more."""
+    data = encode_body(chunk, compress=compress)
+    return data, checksum(data)
 
 
 class ShardFile:
     """A shard under construction, in a `.partial` file until `finish`."""
 
-    def __init__(self, partial: Path, target: Path, placement: Placement) -> None:
-        self.partial, self.target, self.placement = partial, target, placement
+    def __init__(self, path: Path, target: Path, placement: Placement) -> None:
+        self.partial, self.target, self.placement = path, target, placement
         self._index = np.full((*placement.grid, 2), MISSING, "<u8")
-        self._file = partial.open("wb", buffering=0)
+        self._file = path.open("wb", buffering=0)
         self._offset = 0
         self._seen: dict[bytes, tuple[int, int]] = {}  # of single steps: what was written, and where it lies
 
-    def add(self, start: int, block: np.ndarray) -> None:
-        """Encode and append `block`, one sample's steps from `start` on (dims without sample); whole inner
-        chunks.
-        """
+    def add_all(self, values: np.ndarray) -> None:
+        """Encode and append all steps of one sample (dims without sample)."""
         assert self.placement.inner is not None
         inner = self.placement.inner[1:]
-        counts = [-(-size // chunk) for size, chunk in zip(block.shape, inner, strict=True)]
-        first, begun = start // inner[0], self._offset
-        for place in itertools.product(*(range(c) for c in counts)):
-            part = block[tuple(slice(p * c, p * c + c) for p, c in zip(place, inner, strict=True))]
-            data = encode(padded(part, inner), compress=self.placement.compress)
-            self._index[(0, first + place[0], *place[1:])] = self._written(data, once=inner[0] == 1)
+        for start in range(0, values.shape[0], inner[0]):
+            part = values[start : start + inner[0]]
+            block = Block(part.shape, inner, values.dtype.name)
+            block.set_all(part)
+            self.add(start, block)
+
+    def add(self, start: int, block: Block) -> None:
+        """Encode and append `block`, one sample's steps from `start` on."""
+        assert self.placement.inner is not None
+        first, begun, once = start // self.placement.inner[1], self._offset, self.placement.inner[1] == 1
+        encoding = partial(_encoded, compress=self.placement.compress)
+        encoded: Iterable[tuple[bytes, bytes]] = map(encoding, block.chunks)
+        if block.nbytes > POOLED_BYTES and len(block.places) > 1:
+            encoded = _pool().map(encoding, block.chunks)
+        for place, (data, check) in zip(block.places, encoded, strict=True):
+            self._index[(0, first, *place)] = self._written(data, check, once=once)
         if hasattr(os, "posix_fadvise"):  # Linux starts to write these pages out now, so `finish` waits less
             os.posix_fadvise(self._file.fileno(), begun, self._offset - begun, os.POSIX_FADV_DONTNEED)
 
-    def _written(self, data: bytes, *, once: bool) -> tuple[int, int]:
+    def _written(self, data: bytes, check: bytes, *, once: bool) -> tuple[int, int]:
         """Write a chunk, unless it is there already; return its offset and length."""
-        if not once:
-            self._write(data)
-            return self._offset - len(data), len(data)
-        digest = hashlib.blake2b(data, digest_size=16).digest()
-        if digest not in self._seen:
-            self._seen[digest] = (self._offset, len(data))
-            self._write(data)
-        return self._seen[digest]
+        length = len(data) + len(check)
+        digest = hashlib.blake2b(data, digest_size=16).digest() if once else b""
+        if once and digest in self._seen:
+            return self._seen[digest]
+        found = self._offset, length
+        self._write(data)
+        self._write(check)
+        if once:
+            self._seen[digest] = found
+        return found
 
     def finish(self) -> None:
         """Append the index, make the file durable and give it its real name."""

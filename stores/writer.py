@@ -9,6 +9,7 @@ import numpy as np
 
 from interp.stores.chunks import fill_value
 from interp.stores.errors import StoreError, nearest
+from interp.stores.rounding import ATTRIBUTE, rounded
 from interp.stores.schema import Array, Layout, TokenTable, thumb_factor
 from interp.stores.table import DONE, FAILED, TODO
 
@@ -188,7 +189,8 @@ class RunWriter:
         if found.shape != shape:
             dims = array.dims[len(array.dims) - len(shape) :]
             raise StoreError(f"{name} wants {dims} of shape {shape}, but was given shape {found.shape}")
-        return found
+        bits = array.attrs.get(ATTRIBUTE)
+        return found if bits is None else rounded(np.ascontiguousarray(found), bits)
 
 
 def to_do(status: np.ndarray) -> np.ndarray:

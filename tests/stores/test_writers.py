@@ -10,10 +10,10 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from interp.stores import Array, Group, Layout, StoreError, create_run, open_run, synthetic_run, verify
+from interp.stores import Array, Group, Layout, StoreError, attention_group, create_run, open_run, synthetic_run, verify
 from interp.stores.background import Background
 from interp.stores.chunks import CHUNK_BYTES, batch_rows, place
-from interp.stores.testing import RunStoreTests, small_layout, small_values, write_sample
+from interp.stores.testing import RunStoreTests, small_layout, small_tokens, small_values, write_sample
 
 
 class TestDisk(RunStoreTests):
@@ -114,7 +114,7 @@ def test_the_queue_is_bounded_in_bytes():
 
 
 def test_append_keeps_within_the_queue(tmp_path, monkeypatch):
-    monkeypatch.setattr("interp.stores.shards.encode", lambda *a, **k: time.sleep(0.005) or b"")
+    monkeypatch.setattr("interp.stores.shards.encode_body", lambda *a, **k: time.sleep(0.005) or b"")
     layout = small_layout(n=4, steps=20)
     limit = 20_000
     with create_run(tmp_path / "r.zarr", layout, queue_bytes=limit) as writer:
@@ -132,7 +132,7 @@ def test_an_error_of_the_background_comes_back_naming_the_file(tmp_path, monkeyp
     writer = create_run(tmp_path / "r.zarr", small_layout())
     write_sample(writer, 0)
     writer.drain()
-    monkeypatch.setattr("interp.stores.shards.encode", broken)
+    monkeypatch.setattr("interp.stores.shards.encode_body", broken)
     with pytest.raises(StoreError, match=r"attention/4x4/probs.*No space left on device"):
         for i in (1, 2):
             write_sample(writer, i)
@@ -188,3 +188,38 @@ def test_a_plain_reader_sees_coordinates_where_they_belong(tmp_path):
     tree = xr.open_datatree(tmp_path / "r.zarr", engine="zarr")
     assert {"timestep", "sigma", "token_text", "layer", "head", "branch", "step"} <= set(tree["attention/8x8"].coords)
     assert set(tree.coords) == {"sample"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("place", ["disk", "memory"])
+def test_a_rounded_mantissa_is_the_nearest_number_of_so_many_bits(tmp_path, dtype, place):
+    rng = np.random.default_rng()
+    ramp = np.linspace(0.1, 0.9, 2)
+    group = attention_group(
+        1, kind="cross", grid=(8, 8), layers=["a"], heads=["mean"], branches=["cond"], steps=[0, 1], timestep=ramp,
+        tokens=small_tokens(1), dtype=dtype, mantissa=7,
+    )  # fmt: skip
+    layout = Layout({"prompt": ["p"], "seed": [0]}, {"attention/8x8": group})
+    values = rng.uniform(1e-3, 1, group.arrays["probs"].sample_shape).astype(dtype)
+    values[0, 0, 0, 0, 0, 0, :3] = np.nan, np.inf, 0
+    with create_run(tmp_path / "r.zarr" if place == "disk" else None, layout) as writer:
+        writer.begin(0)
+        writer.put(0, "attention/8x8/probs", values)
+        writer.commit(0)
+    stored = writer.run.attention("8x8").values[0]
+    assert stored.dtype == dtype
+    np.testing.assert_array_equal(stored[0, 0, 0, 0, 0, 0, :3], [np.nan, np.inf, 0])
+    finite = np.isfinite(values) & (values > 0)
+    mantissa, exponent = np.frexp(values[finite].astype("float64"))  # in [0.5, 1): 8 bits with the hidden one
+    expected = np.ldexp(np.rint(mantissa * 2**8) / 2**8, exponent)  # rint: ties to even
+    np.testing.assert_array_equal(stored[finite].astype("float64"), expected)
+    assert writer.run.tree["attention/8x8/probs"].attrs["mantissa_bits"] == 7
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(10, "float16"), (0, "float16"), (23, "float32"), (True, "float16")])
+def test_a_mantissa_that_cannot_be_is_refused(bits, dtype):
+    with pytest.raises(StoreError, match="can be rounded to 1 to"):
+        attention_group(
+            1, kind="cross", grid=(8, 8), layers=["a"], heads=["mean"], branches=["cond"], steps=[0], timestep=[0],
+            tokens=small_tokens(1), dtype=dtype, mantissa=bits,
+        )  # fmt: skip
