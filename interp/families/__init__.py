@@ -11,6 +11,7 @@ from interp.families.base import (
     Spans,
     families,
     find_family,
+    trying,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "Spans",
     "families",
     "find_family",
+    "trying",
 ]

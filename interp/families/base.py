@@ -9,7 +9,9 @@ defaults filled in; *kwargs* are those of one denoiser call inside it.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -339,6 +341,19 @@ def families() -> dict[str, type[Family]]:
     return load_plugins("interp.families")
 
 
+_TRIED: ContextVar[tuple[type[Family], ...]] = ContextVar("families on trial", default=())
+
+
+@contextmanager
+def trying(*classes: type[Family]) -> Iterator[None]:
+    """Let families that are not installed (yet) be found inside the context, before all others."""
+    token = _TRIED.set((*classes, *_TRIED.get()))
+    try:
+        yield
+    finally:
+        _TRIED.reset(token)
+
+
 def find_family(pipe: Any) -> Family:
     """Return the family of a pipeline.
 
@@ -347,7 +362,8 @@ def find_family(pipe: Any) -> Family:
     """
     known = families()
     # a family that somebody added for a pipeline of their own goes before ours, which also match subclasses
-    for cls in sorted(known.values(), key=lambda c: (c.fallback, c.__module__.startswith("interp."))):
+    installed = sorted(known.values(), key=lambda c: (c.fallback, c.__module__.startswith("interp.")))
+    for cls in (*_TRIED.get(), *installed):
         if cls.matches(pipe):
             return cls(pipe)
     raise InterpError(

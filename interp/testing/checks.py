@@ -9,6 +9,8 @@ import torch
 
 from interp.capture import Capture
 from interp.catalog import dry_run
+from interp.errors import InterpError, nearest
+from interp.families import Family, trying
 from interp.hooks import DenoiserCall, HookRegistry
 from interp.probes.testing import Check
 from interp.recording import record
@@ -29,6 +31,7 @@ def check_family(
     steps: int = 3,
     schedulers: Mapping[str, Callable[[Any], Any]] | None = None,
     reference: Callable[..., Any] | None = None,
+    family: type[Family] | None = None,
     only: Sequence[str] = (),
 ) -> Iterator[Check]:
     """Yield the checks of a model family, to be called one by one: `pytest.mark.parametrize("check", list(…), ids=str)`.
@@ -48,6 +51,7 @@ def check_family(
         schedulers: Name → a function of the pipeline's own scheduler that makes another one to be checked with.
         reference: Instead of `interp.testing.black_box_attention`, for attention modules of another make: the same
             arguments and result.
+        family: The family to check, if it is not installed yet.
         only: Names of the checks to yield; default all.
 
     >>> from interp.testing import check_family
@@ -71,7 +75,17 @@ def check_family(
     }
     for name, scheduler in (schedulers or {}).items():
         found[f"steps with {name}"] = partial(_steps, case, scheduler)
-    yield from (Check(name, body) for name, body in found.items() if not only or name in only)
+    unknown = [name for name in only if name not in found]
+    if unknown:
+        raise InterpError(f"check_family(only=…) has no check {unknown[0]!r}{nearest(unknown[0], found)}")
+    for name, body in found.items():
+        if not only or name in only:
+            yield Check(name, partial(_within, family, body))
+
+
+def _within(family: type[Family] | None, body: Callable[[], None]) -> None:
+    with trying(*([family] if family else [])):
+        body()
 
 
 def _image(case: FamilyCase, modes: list[bool], dtype: torch.dtype | None = None) -> None:
@@ -79,6 +93,8 @@ def _image(case: FamilyCase, modes: list[bool], dtype: torch.dtype | None = None
     pipe = case.pipe if dtype is None else case.make().to(dtype)
     for guided in modes:
         plain = case.call(pipe, guided=guided)
+        again = case.call(pipe, guided=guided)
+        assert torch.equal(plain, again), "two unwatched calls differ: is a model in training mode? call .eval()"
         with untouched(pipe), record(pipe, capture=Capture(**EVERYTHING, dtype="float32")) as recording:
             got = case.call(pipe, guided=guided)
         assert torch.equal(got, plain), "the recorded image differs from an unwatched one"

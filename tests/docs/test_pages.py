@@ -8,6 +8,7 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 EXPECTED = {
+    "families": ["unet True", "ok: probabilities\nok: branches\nok: layout", "['s', 'i', 't', 's']"],
     "tracing": ["2\n", "8\n", "forward passes", "'axis_0'"],
     "nnsight": ["True\n", "4 (128, 128)", "4 ('sample'", "True False\n", "False ['for step in tracer.iter"],
     "interventions": ["[10  6 10 10]", "both decide about"],
@@ -38,3 +39,10 @@ def test_glossary_has_every_dimension_of_the_format() -> None:
     words = (DOCS / "glossary.md").read_text(encoding="utf-8")
     for dim in {d for row in TABLE for d in row.dims} & {"sample", "step", "branch", "layer", "token"}:
         assert f"| {dim}" in words or f", {dim}" in words
+
+
+def test_the_support_table_is_what_the_families_say() -> None:
+    from tests.families.support_table import with_table
+
+    text = (DOCS / "families.md").read_text(encoding="utf-8")
+    assert text == with_table(text), "run `python -m tests.families.support_table`"
