@@ -68,7 +68,9 @@ def tokenize(
     lead = int(bool(special) and special[0] == tokenizer.bos_token_id)
     text = prefix + prompt + suffix
     free = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    inner, spans = list(free["input_ids"]), [_stripped(text, *span) for span in free["offset_mapping"]]
+    inner = list(free["input_ids"])
+    pieces = tokenizer.convert_ids_to_tokens(inner)
+    spans = [_stripped(text, piece, *span) for piece, span in zip(pieces, free["offset_mapping"], strict=True)]
     start, stop = len(prefix), len(prefix) + len(prompt)
     words = [(m.group(), (m.start() + start, m.end() + start)) for m in WORD.finditer(prompt)]
     _check_length(prompt, spans, words, length - len(special), start)
@@ -82,15 +84,20 @@ def tokenize(
         raise InterpError(
             f"{type(tokenizer).__name__} pads on the left, so the positions of its tokens are unknown here"
         )
+    owner = [_word_at((a, max(b, a + 1)), words) if r == "word" else -1 for (a, b), r in zip(spans, role, strict=True)]
     return Tokens(
         ids=ids,
-        text=[*[str(tokenizer.bos_token)] * lead, *(text[a:b] for a, b in spans), *[eos_text] * ends, *[pad_text] * count],
+        text=[
+            *[str(tokenizer.bos_token)] * lead,
+            *(text[a:b] for a, b in spans),
+            *[eos_text] * ends,
+            *[pad_text] * count,
+        ],
         role=[*["bos"] * lead, *role, *["eos"] * ends, *["pad"] * count],
-        word=[*[-1] * lead, *(_word_at(s, words) if r == "word" else -1 for s, r in zip(spans, role, strict=True)),
-              *[-1] * (ends + count)],
+        word=[*[-1] * lead, *owner, *[-1] * (ends + count)],
         words=[w for w, _ in words],
         eos=eos,
-    )  # fmt: skip
+    )
 
 
 def _check_length(
@@ -106,11 +113,14 @@ def _check_length(
     )
 
 
-def _stripped(text: str, a: int, b: int) -> tuple[int, int]:
-    """Leave the space before a word out of its token's characters (T5 and GPT tokenizers count it in)."""
+def _stripped(text: str, piece: str, a: int, b: int) -> tuple[int, int]:
+    """Leave the space before a word out of its token's characters (T5 and GPT tokenizers count it in).
+
+    A token that is such a space alone has no characters, whatever offset it is given at the text's beginning.
+    """
     while a < b and text[a].isspace():
         a += 1
-    return (a, b)
+    return (a, a if piece in ("▁", "Ġ") else b)
 
 
 def _word_at(span: tuple[int, int], words: list[tuple[str, tuple[int, int]]]) -> int:

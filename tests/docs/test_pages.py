@@ -8,7 +8,7 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 EXPECTED = {
-    "families": ["unet True", "ok: probabilities\nok: branches\nok: layout", "['s', 'i', 't', 's']"],
+    "families": ["unet True", "ok: probabilities\nok: branches\nok: layout", "['', 's', 'i', 't']"],
     "tracing": ["2\n", "8\n", "forward passes", "'axis_0'"],
     "nnsight": ["True\n", "4 (128, 128)", "4 ('sample'", "True False\n", "False ['for step in tracer.iter"],
     "interventions": ["[10  6 10 10]", "both decide about"],
