@@ -41,7 +41,7 @@ def token_attribution(
 
     The maps of each layer and head are averaged over the steps, resized bicubically to one grid, clamped at
     0, and averaged over heads and layers (conditional branch; a step where that branch was not evaluated is
-    left out). A word's map is the mean of its sub-tokens' maps.
+    left out). A word's map is the mean of its sub-tokens' maps, and so is a span's.
 
     Parameters: `steps` None (all captured), a step, several, a slice or "start:stop", half-open; `layers`
     None (all of all grids) or site names with wildcards; `words` None (all, in the prompt's order) or the

@@ -12,7 +12,10 @@ import xarray as xr
 
 from interp.probes.base import probe
 from interp.probes.bootstrap import mean_interval
+from interp.probes.comparing import distances, pictures, pixel_distance
+from interp.probes.conditions import Pairs
 from interp.probes.eos_plot import draw
+from interp.probes.eos_sweep import swept
 from interp.probes.labels import check_option, plain_text
 from interp.probes.needs import held
 from interp.stores.errors import InterpError, nearest
@@ -38,7 +41,7 @@ def eos_replacement(
     run: Run,
     *,
     baseline: str = "baseline",
-    swap: str = "eos",
+    swap: str | Sequence[str] = "eos",
     target: str = "target",
     target_condition: str | None = None,
     metrics: Sequence[str] | str | None = None,
@@ -54,8 +57,12 @@ def eos_replacement(
     sample of the same prompt_id and seed. A is called source, B target. A pair without baseline A or B has
     NaN there.
 
-    Parameters: `baseline`, `swap`, `target_condition` name conditions; `target` names the column of the
-    prompt table that holds B; `metrics` (None: all) are those of `/scores` with both "<metric>:prompt" and
+    Trace `conditions={"baseline": [], "eos": [interp.ReplaceEOS("{target}")]}`. For the question when EOS is used (section
+    5.2), one condition for each window, `ReplaceEOS("{target}", stop=0.2)` and so on; for the number of EOS (appendix C),
+    `ReplaceTokens(roles=("eos", "pad"), value="repeat", count=…)` besides: give `swap` all their names.
+
+    Parameters: `baseline`, `swap`, `target_condition` name conditions, and `swap` one or several; `target` names the
+    column of the prompt table that holds B; `metrics` (None: all) are those of `/scores` with both "<metric>:prompt" and
     "<metric>:<target>"; `unit` ("prompt" or "pair") is what the bootstrap draws anew, seeds of one prompt not
     being independent; `resamples` and `seed` belong to it.
 
@@ -69,6 +76,10 @@ def eos_replacement(
     (pair): prompt, target_prompt, prompt_id, seed, and the samples `sample_swap sample_source sample_target`
     (−1 for none).
 
+    Of several swaps only what has no pairs is returned, over `swap`, with `alignment_relative` (swap, metric, text) =
+    (mean − worst)/(best − worst) of the swapped images, and of each swap `changes` (in words), `first_step` and
+    `steps_exchanged` (its window) and `tokens_repeated` (−1 for none).
+
     Raises InterpError when a condition, the column or the scores are missing, and when no pair has a baseline
     A. Source: Yi et al., arXiv:2405.15330, section 5.1, Table 1.
 
@@ -78,6 +89,26 @@ def eos_replacement(
     (('pair', 'metric', 'image', 'text'), ('pair', 'step', 'reference'))
     """
     check_option("eos_replacement", "unit", unit, ("prompt", "pair"))
+    more: dict[str, Any] = {"metrics": metrics, "unit": unit, "resamples": resamples, "seed": seed}
+    places: dict[str, Any] = {"baseline": baseline, "target": target, "target_condition": target_condition}
+    if isinstance(swap, str):
+        return _one_swap(run, swap, **places, **more)
+    return swept(run, {name: _one_swap(run, name, **places, **more) for name in swap})
+
+
+def _one_swap(
+    run: Run,
+    swap: str,
+    *,
+    baseline: str,
+    target: str,
+    target_condition: str | None,
+    metrics: Sequence[str] | str | None,
+    unit: str,
+    resamples: int,
+    seed: int,
+) -> xr.Dataset:
+    """The answer for one condition."""
     samples = _samples(run, target)
     names = _metrics(run, target, metrics)
     pairing = pair(samples, baseline=baseline, swap=swap, target=target, target_condition=target_condition)
@@ -241,14 +272,9 @@ def _latent_distance(run: Run, pairing: Pairing) -> np.ndarray:
 
 def _image_distance(run: Run, pairing: Pairing) -> np.ndarray:
     """(pair, reference): mean absolute difference of the pixels, 0 to 1."""
-    images = run.tree["images"].to_dataset()["image"]
-    result = np.full((len(pairing.swap), 2), np.nan)
-    for p, i in enumerate(pairing.swap):
-        mine = images.isel(sample=int(i)).values.astype(np.float64)
-        for r, j in enumerate((pairing.source[p], pairing.target[p])):
-            if j >= 0:
-                result[p, r] = np.abs(mine - images.isel(sample=int(j)).values).mean() / 255
-    return result
+    both = [np.stack([pairing.swap, other]) for other in (pairing.source, pairing.target)]
+    found = [distances(Pairs(["swap", "reference"], two), 1, pictures(run), pixel_distance)[0] for two in both]
+    return np.stack(found, axis=1)
 
 
 def _summarise(

@@ -9,12 +9,17 @@ import xarray as xr
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+AXES = {"steps_exchanged": "steps with B's EOS", "tokens_repeated": "EOS tokens replaced by repeated words"}
+
 
 def draw(ds: xr.Dataset) -> Figure:
     """Draw mean alignments with their intervals, and the swap's latent distances to both baselines.
 
-    ds: the result of `eos_replacement`. One panel a metric (each has its own unit), one for the distances.
+    ds: the result of `eos_replacement`. One panel a metric (each has its own unit), one for the distances; for several
+    swaps a panel a metric, over the steps exchanged, the tokens repeated, or the swaps' names.
     """
+    if "swap" in ds.dims:
+        return _draw_swept(ds)
     from interp.probes.style import BLUE, ORANGE, new_figure, note, step_axis, title
 
     colour = {"source": BLUE, "target": ORANGE}
@@ -63,4 +68,32 @@ def draw(ds: xr.Dataset) -> Figure:
         figure,
         f"Means over {ds.attrs['pairs']} pairs; bars and bands: bootstrap 95 % intervals over {ds.attrs['resampled']}s.",
     )
+    return figure
+
+
+def _draw_swept(ds: xr.Dataset) -> Figure:
+    """Mean alignment of the swapped images with source and target, one point a swap."""
+    from interp.probes.style import BLUE, ORANGE, legend, line, note, panels, title
+
+    x, label = next(
+        ((ds[c].values, text) for c, text in AXES.items() if len(set(ds[c].values.tolist())) == ds.sizes["swap"]),
+        (None, "condition"),
+    )
+    at = range(ds.sizes["swap"]) if x is None else x
+    order = sorted(range(len(at)), key=lambda k: at[k])
+    figure, axes = panels(ds.sizes["metric"])
+    for ax, metric in zip(axes, map(str, ds["metric"].values), strict=True):
+        for text, color in (("source", BLUE), ("target", ORANGE)):
+            one = ds.sel(metric=metric, text=text, image="swap").isel(swap=order)
+            points = [at[k] for k in order]
+            interval = one["alignment_interval"].transpose("swap", "bound")
+            line(ax, points, one["alignment_mean"], interval, color, f"with the {text}")
+            ax.plot(points, one["alignment_mean"], "o", color=color, markersize=4)
+        if x is None:
+            ax.set_xticks(list(at), [str(s) for s in ds["swap"].values], rotation=20)
+        ax.set(xlabel=label, ylabel=f"{metric} alignment (the metric's own unit)")
+        ax.grid(axis="y", color="0.9", linewidth=0.6)
+        title(ax, metric)
+        legend(ax)
+    note(figure, f"Means; bands: bootstrap 95 % intervals over {ds.attrs['resampled']}s.")
     return figure

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 __all__ = ["frequency_energy", "low_mask", "split_bands"]
 
 NORMS = ("x_norm", "data_norm", "noise_norm")
+TWIN = "noising_noise_norm"
 RATIOS = ("variation", "noising_variation")
 LONG_NAME = {
     "x_norm": "norm of the latents x_t",
     "data_norm": "norm of their data part, data_scale·x_0",
     "noise_norm": "norm of their noise part, x_t − data_scale·x_0",
     "variation": "‖x_t − x_0‖ / ‖x_0‖, denoising (this run)",
-    "noising_variation": "‖x_t − x_0‖ / ‖x_0‖, noising x_0 with the run's initial noise",
+    "noising_noise_norm": "norm of the noise part when x_0 is noised, noise_scale·ε",
+    "noising_variation": "‖x_t − x_0‖ / ‖x_0‖, noising x_0",
 }
 
 
@@ -49,6 +51,7 @@ def draw(ds: xr.Dataset) -> Figure:
         part = ds.sel(band=band)
         curve(norms, ds.step, part.data_norm, color=colour[band], label=f"data, {band}")
         curve(norms, ds.step, part.noise_norm, color=colour[band], label=f"noise, {band}", dashed=True)
+        curve(norms, ds.step, part[TWIN], color=colour[band], label=f"noise, noising, {band}", dashed=":")
         curve(ratios, ds.step, part.variation, color=colour[band], label=f"denoising, {band}")
         curve(ratios, ds.step, part.noising_variation, color=colour[band], label=f"noising, {band}", dashed=True)
     norms.set(ylabel=f"norm ({ds.data_norm.units})")
@@ -74,7 +77,15 @@ def draw(ds: xr.Dataset) -> Figure:
 
 
 @probe("frequency_energy", needs={"trajectory": ["latents", "final_latents"]}, plot=draw)
-def frequency_energy(run: Run, *, low_fraction: float = 0.2, mask: str = "bins", data: str = "final") -> xr.Dataset:
+def frequency_energy(
+    run: Run,
+    *,
+    low_fraction: float = 0.2,
+    mask: str = "bins",
+    data: str = "final",
+    noise: str = "initial",
+    seed: int = 0,
+) -> xr.Dataset:
     """Low- and high-frequency norms of the latents, their data and their noise part (latent units).
 
     With x_t the latents entering a step and x_0 the final ones, the data part is data_scale·x_0 and the noise
@@ -86,13 +97,14 @@ def frequency_energy(run: Run, *, low_fraction: float = 0.2, mask: str = "bins",
     Parameters: `low_fraction` and `mask` ("bins", "square", "radius" or "disc") choose the low bins, see
     `interp.probes.bands.low_mask`; the share realised on this grid is in attrs. `data="predicted"` takes for
     x_0 in the data and noise parts the model's own estimate at that step, from the guided `noise_pred`;
-    `"final"` takes the final latents. The variation ratios always compare with the final latents.
+    `"final"` takes the final latents. The variation ratios always compare with the final latents. `noise` is what the
+    forward process takes for ε: `"initial"` the run's own initial noise, `"fresh"` noise drawn with `seed`.
 
-    Returns a Dataset, all variables float64 (sample, step, band): `x_norm data_norm noise_norm` (latent
-    units) with `x_energy data_energy noise_energy`, their squares; `variation` = ‖x_t − x_0‖/‖x_0‖ within the
-    band; and `noising_variation`, the same for x_0 noised again with the run's own initial noise (both plain
-    numbers). Samples that are not finished are NaN. Samples are read one by one: memory does not grow with
-    their number.
+    Returns a Dataset, all variables float64 (sample, step, band): `x_norm data_norm noise_norm` (latent units) with
+    `x_energy data_energy noise_energy`, their squares; `variation` = ‖x_t − x_0‖/‖x_0‖ within the band; and of the
+    forward-noising twin, x_0 noised to each step's level with one ε: `noising_variation`, the same ratio (both plain
+    numbers), and `noising_noise_norm`, the norm of its noise_scale·ε (latent units). Samples that are not finished are
+    NaN. Samples are read one by one: memory does not grow with their number.
 
     Raises InterpError for an unknown mask or `data`, a fraction outside (0, 1), and what was not captured.
     Source: Yi et al., arXiv:2405.15330, section 4.2, Figure 2, Proposition 1.
@@ -111,9 +123,11 @@ def frequency_energy(run: Run, *, low_fraction: float = 0.2, mask: str = "bins",
     low = low_mask(trajectory.sizes["y"], trajectory.sizes["x"], low_fraction=low_fraction, mask=mask)
     data_scale = trajectory["data_scale"].values.astype(np.float64)[:, None, None, None]
     noise_scale = trajectory["noise_scale"].values.astype(np.float64)[:, None, None, None]
+    if noise not in ("initial", "fresh"):
+        raise InterpError(f"noise={noise!r} is not possible; it is 'initial' or 'fresh'")
     if data == "predicted":
         require(run, {"trajectory": ["noise_pred", "guidance_scale"]}, asker="frequency_energy(data='predicted')")
-    numbers = {name: np.full((n, steps, 2), np.nan) for name in (*NORMS, *RATIOS)}
+    numbers = {name: np.full((n, steps, 2), np.nan) for name in (*NORMS, TWIN, *RATIOS)}
     for i in range(n):
         one = trajectory.isel(sample=i)
         x = spectrum(one["latents"].values)
@@ -122,12 +136,16 @@ def frequency_energy(run: Run, *, low_fraction: float = 0.2, mask: str = "bins",
         if data == "predicted":
             estimate = spectrum(predicted_data(run, one))
         part = data_scale * estimate
-        # x_T/√(a² + s²) is the initial noise brought to unit variance.
-        noise = x[:1] / np.sqrt(data_scale[0] ** 2 + noise_scale[0] ** 2)
+        if noise == "fresh":
+            drawn = np.random.default_rng([seed, int(trajectory["sample"].values[i])])
+            epsilon = spectrum(drawn.standard_normal(x[:1].shape))
+        else:  # x_T/√(a² + s²) is the initial noise brought to unit variance
+            epsilon = x[:1] / np.sqrt(data_scale[0] ** 2 + noise_scale[0] ** 2)
         reference = band_norms(x0[None], low)
         for name, field in zip(NORMS, (x, part, x - part), strict=True):
             numbers[name][i] = band_norms(field, low)
-        noised_again = data_scale * x0 + noise_scale * noise
+        noised_again = data_scale * x0 + noise_scale * epsilon
+        numbers[TWIN][i] = band_norms(noise_scale * epsilon + 0 * x0, low)
         with np.errstate(invalid="ignore", divide="ignore"):  # a band in which x_0 is empty has no ratio
             numbers["variation"][i] = band_norms(x - x0, low) / reference
             numbers["noising_variation"][i] = band_norms(noised_again - x0, low) / reference

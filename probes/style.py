@@ -89,7 +89,14 @@ def step_axis(ax: Axes) -> None:
 
 
 def curve(
-    ax: Axes, x: Any, values: Any, *, color: str, label: str, units: np.ndarray | None = None, dashed: bool = False
+    ax: Axes,
+    x: Any,
+    values: Any,
+    *,
+    color: str,
+    label: str,
+    units: np.ndarray | None = None,
+    dashed: bool | str = False,
 ) -> None:
     """Draw the mean over samples (axis 0 of `values`) with its bootstrap 95 % interval as a band.
 
@@ -100,9 +107,10 @@ def curve(
     line(ax, x, *mean_interval(array, np.arange(len(array)) if units is None else units), color, label, dashed)
 
 
-def line(ax: Axes, x: Any, mean: Any, interval: Any, color: str, label: str, dashed: bool = False) -> None:
+def line(ax: Axes, x: Any, mean: Any, interval: Any, color: str, label: str, dashed: bool | str = False) -> None:
     """Draw a mean (point,) with its interval (point, bound) as a band."""
-    ax.plot(x, mean, color=color, label=label, linestyle="--" if dashed else "-", linewidth=1.6)
+    style = dashed if isinstance(dashed, str) else "--" if dashed else "-"
+    ax.plot(x, mean, color=color, label=label, linestyle=style, linewidth=1.6)
     low, high = np.asarray(interval).T
     if np.isfinite(low).any():
         ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)

@@ -57,8 +57,9 @@ def prompt_words(text: Sequence[str], role: Sequence[str], word: Sequence[int]) 
 def chosen_words(table: xr.Dataset, words: Sequence[str | tuple[str, int]] | str | None) -> Words:
     """Choose words in a token table (text, role, word by sample, token): all of them, or those named.
 
-    words: None, a word, or several; "red" means the first red of a prompt, ("red", 1) or "red#1" the second;
-    upper and lower case are one. Raises InterpError for a word that no prompt has.
+    words: None, a word, or several; "red" means the first red of a prompt, ("red", 1) or "red#1" the second; "red
+    circle" is a span: these words one after the other, as one. Upper and lower case are one. Raises InterpError for a
+    word that no prompt has.
     """
     samples, tokens = table.sizes["sample"], table.sizes["token"]
     prompts = [prompt_words(*(table[c].values[i].tolist() for c in ("text", "role", "word"))) for i in range(samples)]
@@ -68,19 +69,32 @@ def chosen_words(table: xr.Dataset, words: Sequence[str | tuple[str, int]] | str
     member = np.zeros((samples, width, tokens), dtype=bool)
     names = [[""] * width for _ in range(samples)]
     for i, prompt in enumerate(prompts):
-        by_name = {(text.casefold(), n): k for k, (text, n, _) in enumerate(prompt)}
         for slot in range(width):
-            k = (slot if slot < len(prompt) else None) if wanted is None else by_name.get(wanted[slot])
-            if k is not None:
-                names[i][slot], occurrence[i, slot], columns = prompt[k]
+            found = prompt[slot : slot + 1] if wanted is None else _spans(prompt, *wanted[slot])
+            for names[i][slot], occurrence[i, slot], columns in found:
                 member[i, slot, columns] = True
     for slot, (name, n) in enumerate(wanted or []):
         if not (occurrence[:, slot] >= 0).any():
             known = {text.casefold() for prompt in prompts for text, _, _ in prompt}
-            if name in known:
+            if any(_spans(prompt, name, 0) for prompt in prompts):
                 raise InterpError(f"no prompt of this run has {name!r} {n + 1} times (occurrences count from 0)")
-            raise InterpError(f"no prompt of this run has the word {name!r}{nearest(name, known)}")
+            strange = next((word for word in name.split() if word not in known), name)
+            what = "word" if strange == name else f"words {name!r} one after the other, nor the word"
+            if " " in strange:
+                raise InterpError(f"no prompt of this run has the words {name!r} one after the other")
+            raise InterpError(f"no prompt of this run has the {what} {strange!r}{nearest(strange, known)}")
     return Words(np.array(names, dtype=str).reshape(samples, width), occurrence, member)
+
+
+def _spans(prompt: list[tuple[str, int, np.ndarray]], name: str, occurrence: int) -> list[tuple[str, int, np.ndarray]]:
+    """The occurrence of a word or of several in a row: a list of one (text, occurrence, columns), or of none."""
+    wanted = name.split() or [name]
+    texts = [text.casefold() for text, _, _ in prompt]
+    starts = [k for k in range(len(texts) - len(wanted) + 1) if texts[k : k + len(wanted)] == wanted]
+    if occurrence >= len(starts):
+        return []
+    part = prompt[starts[occurrence] : starts[occurrence] + len(wanted)]
+    return [(" ".join(text for text, _, _ in part), occurrence, np.concatenate([columns for _, _, columns in part]))]
 
 
 def _request(word: Any) -> tuple[str, int]:

@@ -4,7 +4,7 @@ import xarray as xr
 
 from interp.probes.attribution import attention_mass, token_attribution
 from interp.probes.maps import chosen_steps, resize, resize_matrix
-from interp.probes.words import prompt_words
+from interp.probes.words import chosen_words, prompt_words
 from interp.stores import InterpError, synthetic_run
 from tests.probes.handmade import attention, make_run
 
@@ -110,6 +110,21 @@ def test_words_merge_sub_tokens_and_tell_occurrences_apart():
     assert chosen.word_text.values.tolist() == [["red", "red", "red", ""], ["", "", "", "cat"]]
 
 
+def test_spans_are_words_in_a_row():
+    run, *_ = two_grids()
+    ds = token_attribution(run, normalize="none", words=["teapot red", "RED teapot", "cat", "red#1"])
+    token = ds.token_map.values
+    assert ds.word_text.values.tolist() == [["teapot red", "red teapot", "", "red"], ["", "", "cat", ""]]
+    assert np.allclose(ds.word_map[0, 0], token[0, 2:5].mean(0))
+    assert np.allclose(ds.word_map[0, 1], token[0, 1:4].mean(0)) and np.isnan(ds.word_map[1, 1]).all()
+    twice = prompt_words(["a", "dog", "a", "dog"], ["word"] * 4, [0, 1, 2, 3])
+    assert [(w, n) for w, n, _ in twice] == [("a", 0), ("dog", 0), ("a", 1), ("dog", 1)]
+    table = xr.Dataset({k: (("sample", "token"), [v]) for k, v in
+                        {"text": ["a", "dog"] * 2, "role": ["word"] * 4, "word": [0, 1, 2, 3]}.items()})  # fmt: skip
+    second = chosen_words(table, [("a dog", 1)])
+    assert second.member[0, 0].tolist() == [False, False, True, True] and second.occurrence[0, 0] == 1
+
+
 def test_word_marks_of_tokenizers_are_left_out():
     found = prompt_words(["tea", "pot</w>", "▁tea", "Ġpot"], ["word"] * 4, [0, 0, 1, 1])
     assert [(w, n) for w, n, _ in found] == [("teapot", 0), ("teapot", 1)]
@@ -206,6 +221,9 @@ def test_mistakes_are_sentences():
         ({"layers": "up.7"}, "no captured layer matches 'up.7'; this run has .*; did you mean 'up.0'"),
         ({"words": "tepot"}, "has the word 'tepot'; did you mean 'teapot'"),
         ({"words": [("red", 2)]}, "has 'red' 3 times"),
+        ({"words": "red red"}, "has the words 'red red' one after the other$"),
+        ({"words": "red tepot"}, "nor the word 'tepot'; did you mean 'teapot'"),
+        ({"words": [("red teapot", 1)]}, "has 'red teapot' 2 times"),
         ({"words": [3]}, "neither a word nor a pair"),
         ({"normalize": "pixels"}, "normalize='pixels' is not possible"),
         ({"grid": "big"}, "grid='big' is not possible"),

@@ -111,6 +111,32 @@ def test_the_same_prompt_with_two_targets_keeps_its_own_scores():
     assert ds.sample_target.values.tolist() == [-1, 3]
 
 
+def test_several_swaps_stand_side_by_side():
+    """The run by hand, with the swaps of seed 0 and of seed 1 as conditions of their own."""
+    run, *_ = hand_run(condition=["baseline"] * 4 + ["first", "half", "half"])
+    run.tree.attrs["conditions"] = {
+        "baseline": [],
+        "first": [
+            {"name": "replace_eos", "stop": 1, "unit": "step"},
+            {"value": "repeat", "name": "replace_tokens", "count": 5},
+        ],
+        "half": [{"name": "replace_eos", "start": 0.5}],
+    }
+    ds = eos_replacement(run, swap=["half", "first"], unit="pair")
+    assert ds.swap.values.tolist() == ["half", "first"] and ds.pairs.values.tolist() == [1, 1]
+    assert ds.first_step.values.tolist() == [2, 0] and ds.steps_exchanged.values.tolist() == [1, 1]
+    assert ds.tokens_repeated.values.tolist() == [-1, 5]
+    swapped = ds.alignment_mean.sel(metric="clip", image="swap")
+    assert np.allclose(swapped.sel(text="source"), [0.5, 0.2]) and np.allclose(swapped.sel(text="target"), [0.5, 0.4])
+    assert np.allclose(ds.alignment_relative.sel(metric="clip"), [[1, 1], [0, 0]])
+    for name in ("half", "first"):
+        one = eos_replacement(run, swap=name, unit="pair")
+        assert np.allclose(ds.latent_distance_mean.sel(swap=name), one.latent_distance_mean)
+    assert len(eos_replacement.plot(ds).axes) == 1
+    with pytest.raises(InterpError, match="names no condition"):
+        eos_replacement(run, swap=[])
+
+
 def test_selection_of_a_run_keeps_sample_labels():
     run, *_ = hand_run()
     ds = eos_replacement(run.isel(sample=[2, 3, 5]))

@@ -107,6 +107,30 @@ def test_noising_again_is_what_an_exact_denoiser_does():
     assert np.allclose(ds.variation, ds.noising_variation, rtol=1e-3)
 
 
+def test_the_twin_has_the_noise_of_the_forward_process():
+    """Proposition 1 and Figure 2b: √(1 − ᾱ)·ε with a flat spectrum, whatever the run did."""
+    final = np.random.default_rng(5).standard_normal((2, 4, 64, 64))
+    run = field_run(final, 0 * final)
+    ds = frequency_energy(run, noise="fresh", seed=3)
+    for band, share in (("low", 0.2), ("high", 0.8)):
+        expected = S * np.sqrt(4 * 64 * 64 * share)
+        assert np.allclose(ds.noising_noise_norm.sel(band=band), expected, rtol=0.03)
+    low = low_mask(64, 64)
+    noise = np.random.default_rng([3, 1]).standard_normal((1, 4, 64, 64))[0]
+    part = np.stack([np.fft.ifft2(np.fft.fft2(c) * low).real for c in noise])
+    assert np.allclose(ds.noising_noise_norm.sel(band="low")[1], S * np.linalg.norm(part))
+    gap = np.stack([np.fft.ifft2(np.fft.fft2(c) * low).real for c in (A[1] - 1) * final[1] + S[1] * noise])
+    base = np.stack([np.fft.ifft2(np.fft.fft2(c) * low).real for c in final[1]])
+    got = float(ds.noising_variation.sel(band="low")[1, 1])
+    assert got == pytest.approx(np.linalg.norm(gap) / np.linalg.norm(base), rel=1e-5)
+    assert not ds.identical(frequency_energy(run, noise="fresh", seed=4))
+    assert np.allclose(
+        frequency_energy(run.isel([1]), noise="fresh", seed=3).noising_noise_norm, ds.noising_noise_norm[1:]
+    )
+    with pytest.raises(InterpError, match="noise='pink' is not possible"):
+        frequency_energy(run, noise="pink")
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 @pytest.mark.parametrize("schedule", ["preserving", "sigma"])
 def test_prediction_is_exact_for_an_exact_model(kind, schedule):
