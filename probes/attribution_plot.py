@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -74,8 +75,9 @@ def draw_maps(
             )
         ax.set_aspect(shape[0] / shape[1])
     prompts = [str(ds["prompt"].values[s]) for s in samples] if "prompt" in ds.coords else []
-    figure.suptitle(" · ".join(prompts), fontsize=10)
-    figure.supxlabel(f"brightness: {ds.word_map.attrs['units']}, each map from its minimum to its maximum", fontsize=7)
+    figure.suptitle(fill(" · ".join(prompts), 22 * across), fontsize=10)
+    scale = f"brightness: {ds.word_map.attrs['units']}, each map from its minimum to its maximum"
+    figure.supxlabel(fill(scale, 30 * across), fontsize=7)
     return figure
 
 
