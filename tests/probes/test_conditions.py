@@ -81,6 +81,17 @@ def test_pairs_hold_prompt_and_seed_together():
     assert np.isnan(pairs.of(np.arange(9))[1, 1]) and pairs.of(np.arange(9))[2].tolist() == [6, 7]
 
 
+def test_seeds_of_one_prompt_are_pairs_of_their_own():
+    table = {
+        "condition": ["baseline", "baseline", "a", "a", "a"],
+        "prompt": ["cat", "cat", "cat", "dog", "cat"],
+        "prompt_id": [0, 0, 0, 0, 0],
+        "seed": [1, 2, 2, 1, 1],
+    }
+    run = make_run({"scores": scores(clip__prompt=np.arange(5))}, **table)
+    assert pair_up(run, "baseline", ["a"]).positions.tolist() == [[0, 1], [4, 2]]
+
+
 def test_comparison_equals_plain_loops():
     run, final, images, score, rows = hand_run({"a": off(0.5), "b": off(0.2)}, missing={("a", 1)})
     ds = compare(run, "baseline", ["a", "b"])

@@ -4,6 +4,7 @@ import xarray as xr
 from skimage.feature import canny
 
 from interp.probes.convergence import attention_convergence, edge_f1, edges, shrunk
+from interp.probes.maps import resize
 from interp.stores import InterpError, synthetic_run
 from tests.probes.handmade import attention, make_run
 
@@ -72,11 +73,21 @@ def test_relative_is_a_ratio_of_means_with_an_interval():
 
 
 def test_layers_weigh_alike_on_all_grids():
-    run = synthetic_run(samples=1, steps=2, grids=("16x16", "8x8"), heads=2)
-    one = attention_convergence(run, layers="unet.blocks.0*", words="circle")
-    assert one.layer.size == 2
+    """Two layers of one grid and one of another: the mean over the three."""
+    rng = np.random.default_rng(2)
+    fine = rng.uniform(size=(1, 1, 1, 2, 2, 2, SIZE, SIZE)) ** 2
+    coarse = rng.uniform(size=(1, 1, 1, 1, 3, 2, 8, 8)) ** 2
+    words = [["<s>", "box"]], [["bos", "word"]], [[-1, 0]]
+    image = rng.uniform(0, 255, (1, SIZE, SIZE, 3)).astype("uint8")
+    nodes = {f"attention/{p.shape[-1]}x{p.shape[-1]}": attention(p, *words) for p in (fine, coarse)}
+    nodes["images"] = xr.Dataset({"image": (("sample", "height", "width", "rgb"), image)})
+    ds = attention_convergence(make_run(nodes), sigma=0.8)
+    layers = [fine[0, 0, 0, k, :, 1].mean(0) for k in (0, 1)] + [resize(coarse[0, 0, 0, 0, :, 1].mean(0), SIZE, SIZE)]
+    luminance = image[0] @ np.array([0.2126, 0.7152, 0.0722])
+    expected = plain_f1(edges(np.mean(layers, 0), sigma=0.8), edges(luminance, sigma=0.8))
+    assert float(ds.f1[0, 0, 0]) == pytest.approx(expected) and 0 < expected < 1
     with pytest.raises(InterpError, match="no captured layer"):
-        attention_convergence(run, layers="x")
+        attention_convergence(synthetic_run(samples=1), layers="x")
 
 
 def test_f1_with_tolerance_by_hand():
