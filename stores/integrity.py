@@ -47,6 +47,13 @@ def verify(run: "Run") -> list[str]:
 
 def check(run: "Run") -> list[Problem]:
     """Do what `verify` does; the problems name their sample as a number too."""
+    try:
+        return _check(run)
+    except Exception as error:  # whatever xarray and zarr make of metadata that contradict each other
+        return [Problem(None, "", f"the run's metadata cannot be followed: {type(error).__name__}: {error}")]
+
+
+def _check(run: "Run") -> list[Problem]:
     local = run.path if isinstance(run.path, Path) and run.path.is_dir() else None
     listed = read_root(local)["consolidated_metadata"]["metadata"] if local else {}
     tables = list(_tables(local, listed) if local else _coords(run.tree))

@@ -77,6 +77,11 @@ def _bounded(values: Any, where: str) -> None:
         if left < 0 or len(stack) > 50:
             raise InterpError(f"{where}it is nested too deeply, or unfolds into more than {MOST_VALUES:,} values")
         if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str):
+                    raise InterpError(f"{where}the key {key!r} is a {type(key).__name__}, not text; write it in quotes")
             stack.append(iter((*value.keys(), *value.values())))
-        elif isinstance(value, (list, tuple, set)):
+        elif isinstance(value, list):
             stack.append(iter(value))
+        elif value is not None and not isinstance(value, (str, int, float)):
+            raise InterpError(f"{where}it holds a {type(value).__name__}, {value!r}; write it in quotes if it is text")
