@@ -9,75 +9,26 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from interp.branches import SkippedCalls, split_rows
+from interp.calls import At, DenoiserCall, Prediction
 from interp.catalog import attention_sites, match_sites, split_site
 from interp.clock import Clock, StepEnd
 from interp.compiling import plain, run_eagerly
 from interp.errors import InterpError
 from interp.families import Arguments, AttentionSite, DenoiserInputs, Family, Pass, Spans, find_family
 from interp.kernels import AttentionCall, KernelObserver
-from interp.overriding import override_call
+from interp.overriding import override_call, watch_context
 
-QUANTITIES = ("in", "out", "q", "k", "v", "probs")
+__all__ = ["At", "DenoiserCall", "HookRegistry", "Prediction"]
 
 # Calls in progress by denoiser, outermost registry first: what one of them drops, all of them must know.
 _RUNNING: ContextVar["dict[int, tuple[DenoiserCall, ...]] | None"] = ContextVar("running calls", default=None)
-
-
-@dataclass(frozen=True)
-class At:
-    """Where a tensor was met.
-
-    site; step (0 = first, noisiest) and its scheduler timestep; evaluation (0 = the step's first); branch (`cond` or
-    `uncond`; "" in a text encoder, which runs before the first step, at step −1, for either); samples: how many samples
-    the call holds, the tensor's first dimension; call: kernel calls within one
-    run of an attention module are counted from 0.
-    """
-
-    site: str
-    step: int
-    timestep: float
-    evaluation: int
-    branch: str
-    samples: int
-    call: int = 0
-
-
-@dataclass
-class DenoiserCall:
-    """One call of the denoiser, before it runs: its arguments may be exchanged, its branches dropped.
-
-    branches: in row order, as given; one alone if guidance takes a call per branch. keep: the branches that will be
-    evaluated; every other one receives the kept one's output, so that guidance `u + w·(c − u)` returns the kept
-    prediction exactly. A call that keeps none of its branches is not run at all.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    branches: tuple[str, ...]
-    step: int
-    timestep: float
-    evaluation: int
-    samples: int
-    keep: tuple[str, ...] = field(default=())
-
-    def at(self, site: str, branch: str, call: int = 0) -> At:
-        """Describe a tensor met within this call."""
-        return At(site, self.step, self.timestep, self.evaluation, branch, self.samples, call)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the denoiser really evaluated in one call: branch → (sample, channel, y, x), as the scheduler understands it."""
-
-    outputs: dict[str, torch.Tensor]
-    call: DenoiserCall
 
 
 SiteFunction = Callable[[torch.Tensor, At], torch.Tensor | None]
@@ -178,7 +129,7 @@ class HookRegistry:
         self._undo.append(run_eagerly(called))
         self._undo += [override_call(module, self._denoise) for module in called]
         if self.family.sequential:
-            self._undo.append(_watch_context(self.family.denoiser, self._name_context))
+            self._undo.append(watch_context(self.family.denoiser, self._name_context))
         for site in {**self._readers, **self._writers}:
             self._hook_site(site)
         for site in self._attention:
@@ -391,10 +342,10 @@ class HookRegistry:
             return None  # not the pipeline's own call: a module that an nnsight block runs by itself, beside it
         if call is None:  # outside the denoiser: the text encoder, which runs once per branch before the first step
             call = DenoiserCall((), {}, ("",), -1, float("nan"), 0, tensor.shape[0])
-        if tensor.shape[:1] != (call.samples * len(call.branches),):
+        if tensor.shape[:1] != (call.rows,):
             raise InterpError(
                 f"a tensor of shape {tuple(tensor.shape)} passes at {site!r}, whose first dimension does not hold "
-                f"{_rows(call)}; read it with a plain torch hook"
+                f"{call}; read it with a plain torch hook"
             )
         parts, changed = split_rows(tensor, call.branches), False
         for fn in self._writers.get(site, ()):
@@ -423,9 +374,9 @@ class HookRegistry:
         call = self._call
         if call is None or not call.branches or _RUNNING.get() is None:
             return None
-        if kernel.rows != call.samples * len(call.branches):
+        if kernel.rows != call.rows:
             raise InterpError(
-                f"attention at {kernel.site!r} ran for {kernel.rows} rows instead of {_rows(call)}; a cache that leaves out a "
+                f"attention at {kernel.site!r} ran for {kernel.rows} rows instead of {call}; a cache that leaves out a "
                 "branch (FasterCache) must be turned off while attention is recorded"
             )
         for fn in self._attention.get(kernel.site, ()):
@@ -440,33 +391,3 @@ class HookRegistry:
         if site in self._readers or site in self._writers:
             return self._apply(site, kernel.probabilities(), kernel.call)
         return None
-
-
-def _rows(call: DenoiserCall) -> str:
-    branches = " and ".join(call.branches) or "no branch"
-    return f"the call's {call.samples * len(call.branches)} rows ({call.samples} samples of {branches})"
-
-
-def _watch_context(module: Any, tell: Callable[[str | None], None]) -> Callable[[], None]:
-    """Tell the name of each `cache_context` that the pipeline opens around a denoiser call; return the undo."""
-    own = module.cache_context
-
-    @contextmanager
-    def named(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        tell(name)
-        try:
-            with own(name, *args, **kwargs):
-                yield
-        finally:
-            tell(None)
-
-    before = module.__dict__.get("cache_context")
-    module.cache_context = named
-
-    def undo() -> None:
-        if before is None:
-            del module.cache_context
-        else:
-            module.cache_context = before
-
-    return undo

@@ -1,6 +1,7 @@
 """Routing an object's call through a function for a while."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -20,5 +21,30 @@ def override_call(owner: Any, around: Callable[..., Any]) -> Callable[[], None]:
 
     def undo() -> None:
         owner.__class__ = original
+
+    return undo
+
+
+def watch_context(module: Any, tell: Callable[[str | None], None]) -> Callable[[], None]:
+    """Tell the name of each `cache_context` that the pipeline opens around a denoiser call; return the undo."""
+    own = module.cache_context
+
+    @contextmanager
+    def named(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        tell(name)
+        try:
+            with own(name, *args, **kwargs):
+                yield
+        finally:
+            tell(None)
+
+    before = module.__dict__.get("cache_context")
+    module.cache_context = named
+
+    def undo() -> None:
+        if before is None:
+            del module.cache_context
+        else:
+            module.cache_context = before
 
     return undo
