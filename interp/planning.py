@@ -230,12 +230,16 @@ def default_guidance(pipe: Any) -> float:
 
 def _check_options(pipe: Any, family: Family, options: Mapping[str, Any]) -> None:
     """Pipelines swallow unknown arguments in **kwargs: a typo there would be silent."""
-    own = {"prompt", "negative_prompt", "num_inference_steps", "height", "width", "generator", family.guidance_argument}
+    own = {
+        "prompt", "negative_prompt", "num_inference_steps", "height", "width", "generator", "num_images_per_prompt",
+        "output_type", "return_dict", family.guidance_argument,
+    }  # fmt: skip
     known = [n for n in inspect.signature(type(pipe).__call__).parameters if n not in own | {"self", "kwargs", "args"}]
     for name, value in options.items():
         if name in own:
             raise InterpError(
-                f"options={{{name!r}: …}}: the run decides this itself; use the argument of the same meaning"
+                f"options={{{name!r}: …}}: the run decides this itself; use the argument of the same meaning (seeds= for more "
+                "images of a prompt)"
             )
         if name not in known:
             raise InterpError(f"{type(pipe).__name__} has no call argument {name!r}{nearest(name, known)} (options=…)")

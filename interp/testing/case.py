@@ -47,8 +47,10 @@ class FamilyCase:
 
     @cached_property
     def pipe(self) -> Any:
-        """The pipeline, in float32."""
-        return self.make()
+        """The pipeline, in float32; called once, since transformers puts hooks of its own at a model's first call."""
+        pipe = self.make()
+        self.call(pipe)
+        return pipe
 
     @cached_property
     def family(self) -> Family:

@@ -23,9 +23,9 @@ SHORT = {"max_sequence_length": 24}
 NO_BINS = {**SHORT, "use_resolution_binning": False}
 
 FAMILIES = {
-    "sd1": {"schedulers": DIFFUSION},
-    "sd2": {},
-    "sdxl": {},
+    "sd1": {"size": (16, 24), "schedulers": DIFFUSION},
+    "sd2": {"size": (16, 24)},
+    "sdxl": {"size": (24, 16)},
     "pixart_alpha": {"options": NO_BINS, "schedulers": DIFFUSION},
     "pixart_sigma": {"options": NO_BINS},
     "sd3": {"options": SHORT, "schedulers": FLOW_HEUN},
