@@ -186,6 +186,8 @@ class HookRegistry:
         running = _RUNNING.get() or {}
         around = running.get(id(module), ())
         own = Pass(self.arguments, args, kwargs, self._context, self._passes)
+        if plain(module) is self.family.denoiser:
+            self._passes += 1
         branches = around[-1].branches if around else self.family.branches(own)
         if not branches:  # of no branch, as skip-layer guidance: if branches were dropped, it must not bring them back
             return self._run_unnamed(run, args, kwargs)
@@ -211,7 +213,6 @@ class HookRegistry:
             _RUNNING.reset(token)
             self._call = outer
         if plain(module) is self.family.denoiser:
-            self._passes += 1
             self._predicted(call, branches, kept, out)
         return out if kept == branches else self.family.stack_rows(out, branches, kept)
 

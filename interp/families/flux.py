@@ -9,12 +9,16 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from interp.families import packing
-from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family, Spans
+from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family, Pass, Spans
 from interp.tokens import Tokens, tokenize
+
+# Text-to-image, image-to-image and control (Canny, Depth): in all three the call with text comes first, which was read in
+# their source. Others (Kontext, Fill, ControlNet, inpainting) give the transformer more than the latents, or change them.
+_PIPELINES = {"FluxPipeline", "FluxImg2ImgPipeline", "FluxControlPipeline"}
 
 
 class FluxFamily(Family):
-    """`FluxPipeline`: guidance-distilled (one call a step), or true guidance (`true_cfg_scale` and a negative prompt).
+    """FLUX.1 pipelines: guidance-distilled (one call a step), or true guidance (`true_cfg_scale` and a negative prompt).
 
     `guidance_scale` is then an input of the model; the scale w of u + w·(c − u) is `true_cfg_scale`, an option.
     """
@@ -24,8 +28,8 @@ class FluxFamily(Family):
 
     @staticmethod
     def matches(pipe: Any) -> bool:
-        """The text-to-image pipeline."""
-        return any(c.__name__ == "FluxPipeline" for c in type(pipe).__mro__)
+        """Tell by the pipeline's class or one of its bases."""
+        return any(c.__name__ in _PIPELINES for c in type(pipe).__mro__)
 
     @property
     def multiple(self) -> int:  # type: ignore[override]
@@ -60,6 +64,12 @@ class FluxFamily(Family):
         negative = arguments.get("negative_prompt") is not None or arguments.get("negative_prompt_embeds") is not None
         return negative and self.applied_guidance(arguments) > 1
 
+    def branches(self, call: Pass) -> tuple[str, ...]:
+        """As `cache_context` names the call; where the pipeline does not, first the one with text, then the one without."""
+        if call.context is not None:
+            return super().branches(call)
+        return ("cond",) if call.index == 0 else ("uncond",)
+
     def applied_guidance(self, arguments: Arguments) -> float:
         """The scale of true guidance."""
         return float(arguments.get("true_cfg_scale") or 1)
@@ -72,7 +82,25 @@ class FluxFamily(Family):
     def latent_shape(self, arguments: Arguments) -> tuple[int, int, int]:
         """Two latent positions a patch of the transformer, each way."""
         y, x = self.grid(arguments)
-        return self.denoiser.config.in_channels // 4, 2 * y, 2 * x
+        return self._channels // 4, 2 * y, 2 * x
+
+    @property
+    def _channels(self) -> int:
+        """Of what the transformer predicts; a control model is given as many more, of the control picture."""
+        config = self.denoiser.config
+        return int(config.out_channels or config.in_channels)
+
+    def blank_output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """As many positions as the latents have."""
+        hidden = kwargs["hidden_states"]
+        return hidden.new_empty((*hidden.shape[:-1], self._channels))
+
+    def skipped_steps(self, arguments: Arguments) -> int:
+        """Image-to-image leaves out the first 1 − strength of the steps."""
+        if arguments.get("strength") is None:
+            return 0
+        steps = int(arguments["num_inference_steps"])
+        return int(max(steps - min(steps * float(arguments["strength"]), steps), 0))
 
     def unpack(self, latents: torch.Tensor, arguments: Arguments) -> torch.Tensor:
         """From patches to a picture of latents."""

@@ -29,7 +29,9 @@ class Job(BaseModel):
         description="Texts; or rows with a column 'prompt'; or a .csv, .jsonl or .txt file below the job file's folder."
     )
     negative_prompt: str = Field("", description="For rows that name none.")
-    seeds: int | list[int] | str = Field(0, validate_default=True, description="A number, a list, or text such as '0-9'.")
+    seeds: int | list[int] | str = Field(
+        0, validate_default=True, description="A number, a list, or text such as '0-9'."
+    )
     steps: int = Field(50, ge=1, description="Sampling steps.")
     guidance_scale: float | None = Field(None, allow_inf_nan=False, description="Default: the model's own.")
     size: tuple[int, int] | None = Field(None, strict=False, description="[height, width] in pixels.")
