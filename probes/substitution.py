@@ -105,9 +105,9 @@ def key_value_substitution(
     heads and layers, and `divergence_uniform` (pair, step) = KL(p_ref ‖ uniform), the paper's yardstick (nats). Each
     has `…_mean` over the pairs and a 95 % interval `…_interval`.
 
-    Pictures drift apart after the first exchanged step, and with them the queries: `divergence` compares keys alone at
-    the first step only. Where padding is summed into one column, or other tokens were not captured, the divergences are
-    those of the summed columns, a lower bound.
+    Past the first exchanged layer of the first exchanged step the queries differ too, for the pictures drift apart:
+    `divergence` is the sum of both effects, and exchanged values alone move it. Where padding is summed into one column,
+    or other tokens were not captured, the divergences are those of the summed columns, a lower bound.
 
     Raises InterpError when a side has no condition, or several and none named. Source: Yi et al., arXiv:2405.15330,
     appendix G, Table 4, Figures 15 and 16.

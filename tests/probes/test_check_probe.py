@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +59,12 @@ CALLS = itertools.count()
 @pytest.mark.parametrize(("which", "make", "name"), CHECKS, ids=lambda v: getattr(v, "name", getattr(v, "__name__", v)))
 def test_built_in_probes(which, make, name):
     next(c for c in check_probe(which, make) if c.name == name)()
+
+
+def test_every_declared_probe_is_checked_and_on_the_page(built_in_probes):
+    page = (Path(__file__).parents[2] / "docs" / "probes.md").read_text(encoding="utf-8")
+    assert {which.name for which, _ in CASES} == set(built_in_probes)
+    assert not [name for name in built_in_probes if f"| `{name}` |" not in page]
 
 
 def test_parameters_are_passed_on():
