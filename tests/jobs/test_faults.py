@@ -164,6 +164,11 @@ def test_a_second_driver_is_refused_and_the_first_goes_on(tmp_path):
     code, _, err = end(start(path))
     assert code == 2
     assert f"{path} is being written by process {first.pid} on " in err
+    looks = 0
+    while first.poll() is None:  # a reader meanwhile sees finished samples only, and these whole
+        assert_whole(path, small_layout(n=24), done(path))
+        looks += 1
+    assert looks > 1
     code, out, err = end(first)
     assert code == 0 and "24 of 24" in out, err
 
