@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
+from diffusers.utils import is_bs4_available, is_ftfy_available
 
 from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family
 from interp.tokens import Tokens, tokenize
@@ -100,7 +101,8 @@ class PixArtFamily(Family):
         return tokenize(self.pipe.tokenizer, cleaned, self.text_length(arguments))
 
     def _clean(self, arguments: Arguments | None) -> bool:
-        return bool((self.arguments() if arguments is None else arguments).get("clean_caption"))
+        asked = (self.arguments() if arguments is None else arguments).get("clean_caption")
+        return bool(asked) and is_bs4_available() and is_ftfy_available()  # else the pipeline does not clean either
 
     @torch.no_grad()
     def encode(self, prompts: list[str], arguments: Arguments | None = None) -> EncodedPrompt:
