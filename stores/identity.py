@@ -28,7 +28,7 @@ def identify(path: Path, advice: str) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError):
         raise StoreError(f"{path}/zarr.json cannot be read, so this is not a run; {advice}") from None
     check_root(path, root, advice)
-    check_safe(path, root.get("consolidated_metadata", {}).get("metadata"), path)
+    check_safe(path, root, path)
     return root
 
 

@@ -33,7 +33,7 @@ def zarr_store(text: str) -> Any:
     except ValueError:
         raise StoreError(f"{text}/zarr.json cannot be read, so this is not a run") from None
     check_root(text, document, "give the address of a run that trace(store=...) or interp run wrote")
-    check_safe(text, document.get("consolidated_metadata", {}).get("metadata"))
+    check_safe(text, document)
     return store
 
 

@@ -1,5 +1,6 @@
 """Read a run: `open_run`, and `Run`, an `xr.DataTree` with labelled shortcuts."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -52,7 +53,10 @@ def open_run(path: str | os.PathLike[str]) -> "Run":
     try:
         tree = xr.open_datatree(source, engine="zarr", chunks=None, consolidated=True)
     except Exception as error:  # whatever xarray and zarr make of damaged metadata or coordinates
-        found = "" if elsewhere else "; ".join(broken_tables(Path(text))[:3])
+        found = ""
+        if not elsewhere:
+            with contextlib.suppress(Exception):  # nor may the search for what is wrong fail
+                found = "; ".join(broken_tables(Path(text))[:3])
         raise StoreError(f"{text} could not be opened as a run: {found or error}; {advice}") from error
     check_format(text, str(tree.attrs.get("format", "unknown")))
     return Run(tree, text if elsewhere else Path(text))

@@ -14,12 +14,14 @@ TABLE_CELLS = 1 << 28
 _ITEM = {"string": 16, "float16": 2, "float32": 4, "float64": 8, "bool": 1}
 
 
-def check_safe(where: object, listed: Any, folder: Path | None = None) -> None:
-    """Look at a run's metadata before anything is read by them.
+def check_safe(where: object, root: dict[str, Any], folder: Path | None = None) -> None:
+    """Look at a run's root metadata, which hold all others, before anything is read by them.
 
     Raises:
         StoreError: a name that leads elsewhere, a link, or sizes that do not belong together or are out of bounds.
     """
+    consolidated = root.get("consolidated_metadata")
+    listed = consolidated.get("metadata") if isinstance(consolidated, dict) else None
     if not isinstance(listed, dict):
         raise StoreError(f"{where} has no consolidated metadata, so this is not a run")
     for name, found in listed.items():
