@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import Arguments, AttentionSite, Family, find_family
 from interp.patterns import REGEX, matching
-from interp.undressing import undressed
 
 ALIASES = {"pattern": "probs", "attn": "probs", "output": "out", "input": "in"}
 _DRY_RUNS: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
@@ -150,7 +149,7 @@ def _dry_run(family: Family, arguments: Arguments) -> tuple[dict[str, tuple[int,
         if isinstance(out, torch.Tensor):
             shapes[name] = tuple(int(n) for n in out.shape[1:])
 
-    with undressed(denoiser), ExitStack() as undo:
+    with family.rehearsing(), ExitStack() as undo:
         for path, module in denoiser.named_modules():
             undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             undo.callback(module.register_forward_hook(lambda _, args, out, path=path: leave(path, out)).remove)

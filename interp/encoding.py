@@ -119,7 +119,7 @@ def _run_batch(
         ]
     )
     scheduler = pipe.scheduler
-    scheduler.pair = (_packed(family, clean), _packed(family, noise.to(clean.device)))
+    scheduler.pair = (family.pack(clean), family.pack(noise.to(clean.device)))
     scheduler.timeline = planned.timeline
     branches = planned.capture.branches
 
@@ -134,13 +134,10 @@ def _run_batch(
         recorder = Recorder(hooks, writer, planned, batch, waiting)
         recorder.begin()
         arguments = call_arguments(pipe, planned, batch)
-        noisy = scheduler.noised(0).to(family.denoiser.dtype)
+        noisy = float(planned.timeline.data_scale[0]) * clean + float(planned.timeline.noise_scale[0]) * noise.to(clean)
+        noisy = family.given_latents(noisy).to(family.denoiser.dtype)
         pipe(**{**arguments, "output_type": "latent", "latents": noisy})
         recorder.finish(shown if planned.capture.image else None)
-
-
-def _packed(family: Any, latents: torch.Tensor) -> torch.Tensor:
-    return family.pack(latents) if hasattr(family, "pack") else latents
 
 
 def _paired(pictures: list[np.ndarray], prompt: Any) -> tuple[list[np.ndarray], list[dict[str, Any]]]:

@@ -183,6 +183,7 @@ class HookRegistry:
         assert clock is not None
         if clock.scheduler is not self.pipe.scheduler:
             clock.attach(self.pipe.scheduler)
+        args, kwargs = self.family.named(args, kwargs)
         running = _RUNNING.get() or {}
         around = running.get(id(module), ())
         own = Pass(self.arguments, args, kwargs, self._context, self._passes)

@@ -180,6 +180,7 @@ def assemble(
     will be appended to may meet longer prompts.
     """
     family, n = find_family(pipe), len(samples["prompt"])
+    family.check_call(arguments)
     times = timeline(pipe.scheduler, steps, schedule=family.schedule(arguments)).after(family.skipped_steps(arguments))
     known = {text: family.tokenize(text, arguments) for text in {*samples["prompt"], *samples["negative_prompt"]}}
     tokens = [known[text] for text in samples["prompt"]]

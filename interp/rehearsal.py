@@ -8,7 +8,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from interp.families import Arguments, Family
 from interp.hooks import At, HookRegistry
-from interp.undressing import undressed
 
 _KNOWN: WeakKeyDictionary[torch.nn.Module, dict[tuple, dict[str, tuple[int, ...]]]] = WeakKeyDictionary()
 
@@ -32,7 +31,7 @@ def _met(family: Family, sites: Sequence[str], arguments: Arguments) -> dict[str
     def meet(tensor: torch.Tensor, at: At) -> None:
         shapes.setdefault(at.site, tuple(int(n) for n in tensor.shape[1:]))
 
-    with undressed(family.denoiser), HookRegistry(family.pipe, family) as hooks:
+    with family.rehearsing(), HookRegistry(family.pipe, family) as hooks:
         for site in sites:
             hooks.read(site, meet)
         fake = FakeTensorMode(allow_non_fake_inputs=True)

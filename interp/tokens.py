@@ -51,20 +51,22 @@ def tokenize(
 
     Words are runs of letters and digits (hyphens and apostrophes inside belong to the word) or of punctuation; a
     token belongs to the word that its characters lie in. EOS is found by position, never by id: Stable Diffusion 1
-    pads with EOS, 2 with "!".
+    pads with EOS, 2 with "!". Padding lies where the tokenizer puts it, mostly on the right.
 
     Args:
         tokenizer: A transformers tokenizer that tells offsets.
         prompt: The text.
         length: Positions of the context; default is the tokenizer's own.
-        prefix, suffix: The model's template around the prompt; its tokens get the role `template`.
+        prefix, suffix: The model's template around the prompt. Its tokens get the role `template`, except for `bos`, if it
+            begins with it, and for `eos`, if one follows the prompt (`<|im_end|>` of Qwen).
         pad: Fill the context with padding.
 
     Raises:
         InterpError: the prompt is longer than the context; the words that would be cut are named.
     """
     length = int(tokenizer.model_max_length if length is None else length)
-    special = list(tokenizer("")["input_ids"])  # what the tokenizer puts around any text
+    written = bool(tokenizer.bos_token) and prefix.startswith(str(tokenizer.bos_token))
+    special = [] if written else list(tokenizer("")["input_ids"])  # what the tokenizer puts around any text
     lead = int(bool(special) and special[0] == tokenizer.bos_token_id)
     text = prefix + prompt + suffix
     free = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -75,28 +77,27 @@ def tokenize(
     words = [(m.group(), (m.start() + start, m.end() + start)) for m in WORD.finditer(prompt)]
     _check_length(prompt, spans, words, length - len(special), start)
     role = ["template" if (prefix and b <= start) or (suffix and a >= stop) else "word" for a, b in spans]
-    eos = lead + len(inner)
-    count = length - eos - len(special) + lead if pad else 0
-    ids = [*special[:lead], *inner, *special[lead:], *[tokenizer.pad_token_id] * count]
-    ends = len(special) - lead
-    eos_text, pad_text = str(tokenizer.eos_token), str(tokenizer.pad_token)
-    if count and tokenizer.padding_side != "right":
-        raise InterpError(
-            f"{type(tokenizer).__name__} pads on the left, so the positions of its tokens are unknown here"
-        )
+    if written and inner[0] == tokenizer.bos_token_id:
+        role[0] = "bos"
+    after = next((i for i, (a, _) in enumerate(spans) if suffix and a >= stop), len(spans))
+    if after < len(inner) and inner[after] == tokenizer.eos_token_id:
+        role[after] = "eos"
     owner = [_word_at((a, max(b, a + 1)), words) if r == "word" else -1 for (a, b), r in zip(spans, role, strict=True)]
+    columns = [
+        *((special[0], str(tokenizer.bos_token), "bos", -1) for _ in range(lead)),
+        *zip(inner, (text[a:b] for a, b in spans), role, owner, strict=True),
+        *((i, str(tokenizer.eos_token), "eos", -1) for i in special[lead:]),
+    ]
+    padding = [(tokenizer.pad_token_id, str(tokenizer.pad_token), "pad", -1)] * (length - len(columns) if pad else 0)
+    columns = [*columns, *padding] if tokenizer.padding_side == "right" else [*padding, *columns]
+    roles = [r for _, _, r, _ in columns]
     return Tokens(
-        ids=ids,
-        text=[
-            *[str(tokenizer.bos_token)] * lead,
-            *(text[a:b] for a, b in spans),
-            *[eos_text] * ends,
-            *[pad_text] * count,
-        ],
-        role=[*["bos"] * lead, *role, *["eos"] * ends, *["pad"] * count],
-        word=[*[-1] * lead, *owner, *[-1] * (ends + count)],
+        ids=[i for i, _, _, _ in columns],
+        text=[t for _, t, _, _ in columns],
+        role=roles,
+        word=[w for _, _, _, w in columns],
         words=[w for w, _ in words],
-        eos=eos,
+        eos=roles.index("eos") if "eos" in roles else len(roles) - len(padding) * (tokenizer.padding_side == "right"),
     )
 
 
@@ -106,6 +107,11 @@ def _check_length(
     if len(spans) <= room:
         return
     at = spans[room][0]
+    if spans[room][0] >= start + len(prompt) > start:
+        raise InterpError(
+            f"the prompt and what the model writes around it have {len(spans)} tokens, but the text encoder takes {room}, so "
+            "the end of the model's own words would be cut; shorten the prompt"
+        )
     cut = prompt[next((a for _, (a, b) in words if b > at), at) - start :]
     raise InterpError(
         f"the prompt has {len(spans)} tokens, but the text encoder takes {room}; these words would be cut: {cut!r}; "

@@ -21,6 +21,7 @@ from interp.branches import keep_rows, stack_rows
 from interp.compiling import plain
 from interp.errors import InterpError, sentence_list
 from interp.tokens import Tokens, tokenize
+from interp.undressing import undressed
 
 Arguments = Mapping[str, Any]
 
@@ -67,6 +68,7 @@ class EncodedPrompt:
     """Text states as the denoiser receives them.
 
     embeddings (sample, token, feature); pooled (sample, feature); mask (sample, token), 1 where a token is attended to.
+    Where prompts are of different lengths and no state stands at the end of the shorter ones, embeddings are NaN there.
     """
 
     embeddings: torch.Tensor
@@ -169,9 +171,23 @@ class Family(ABC):
         zeroes the states), so this is decided for the run as a whole: a sample must not depend on its batch.
         """
         asked: dict[str, Any] = {self.guidance_argument: guidance_scale, **options}
+        if any_negative and not self.takes_negative:
+            raise InterpError(f"{type(self.pipe).__name__} takes no negative prompt; leave it out")
         if any_negative and self.guided(self.arguments({**asked, "negative_prompt": list(negative_prompts)})):
             asked["negative_prompt"] = list(negative_prompts)
         return asked
+
+    @property
+    def takes_negative(self) -> bool:
+        """Whether the pipeline's call takes a negative prompt; if not, the branch without text reads an empty one."""
+        return "negative_prompt" in inspect.signature(type(self.pipe).__call__).parameters
+
+    def check_call(self, arguments: Arguments) -> None:  # noqa: B027 - most calls can be recorded
+        """Refuse a call that cannot be recorded as it is.
+
+        Raises:
+            InterpError: what it is, and what to do instead.
+        """
 
     def guided(self, arguments: Arguments) -> bool:
         """Tell whether a call with these arguments evaluates the branch without text."""
@@ -181,8 +197,13 @@ class Family(ABC):
         """The scale w of u + w·(c − u) that both branches are combined with."""
         return float(arguments.get(self.guidance_argument) or 1)
 
-    def combine(self, uncond: torch.Tensor, cond: torch.Tensor, scale: float) -> torch.Tensor:
-        """What the pipeline makes of both predictions, (sample, channel, y, x); some rescale the result."""
+    def combine(
+        self, uncond: torch.Tensor, cond: torch.Tensor, scale: float, arguments: Arguments | None = None
+    ) -> torch.Tensor:
+        """What the pipeline makes of both predictions, (sample, channel, y, x); some rescale the result.
+
+        arguments: of the pipeline's call; None, its defaults.
+        """
         return uncond + scale * (cond - uncond)
 
     @abstractmethod
@@ -210,6 +231,14 @@ class Family(ABC):
         """Turn (rows, channel, y, x) into what the scheduler handles: the inverse of `unpack`."""
         return latents
 
+    def given_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Turn (rows, channel, y, x) into what the pipeline's call takes as `latents=`."""
+        return self.pack(latents)
+
+    def returned_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Turn the last (rows, channel, y, x) into what the pipeline returns for `output_type="latent"`."""
+        return self.pack(latents)
+
     def schedule(self, arguments: Arguments) -> dict[str, Any]:
         """Return what the pipeline passes to `scheduler.set_timesteps` beside the number of steps."""
         return {}
@@ -232,6 +261,10 @@ class Family(ABC):
         return out[0] if isinstance(out, tuple) else out.prev_sample
 
     # One denoiser call
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give arguments of a denoiser call their names, where the pipeline passes by position what is asked for by name."""
+        return args, kwargs
 
     def rows(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """Rows of a denoiser call."""
@@ -302,6 +335,12 @@ class Family(ABC):
         if site.kind == "self":
             return Spans(image_queries=slice(0, queries), image_keys=slice(0, keys))
         raise NotImplementedError(f"{type(self).__name__} has joint attention and must say where its text lies")
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """A context for denoiser calls on tensors without data: no hook of others meets them, and nothing is left of them."""
+        with undressed(self.denoiser):
+            yield
 
     @abstractmethod
     def dry_inputs(self, arguments: Arguments) -> DenoiserInputs:

@@ -8,8 +8,8 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from interp.families import packing
-from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family, Pass, Spans
+from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Pass
+from interp.families.packing import PackedFamily
 from interp.tokens import Tokens, tokenize
 
 # Text-to-image, image-to-image and control (Canny, Depth): in all three the call with text comes first, which was read in
@@ -17,7 +17,7 @@ from interp.tokens import Tokens, tokenize
 _PIPELINES = {"FluxPipeline", "FluxImg2ImgPipeline", "FluxControlPipeline"}
 
 
-class FluxFamily(Family):
+class FluxFamily(PackedFamily):
     """FLUX.1 pipelines: guidance-distilled (one call a step), or true guidance (`true_cfg_scale` and a negative prompt).
 
     `guidance_scale` is then an input of the model; the scale w of u + w·(c − u) is `true_cfg_scale`, an option.
@@ -30,11 +30,6 @@ class FluxFamily(Family):
     def matches(pipe: Any) -> bool:
         """Tell by the pipeline's class or one of its bases."""
         return any(c.__name__ in _PIPELINES for c in type(pipe).__mro__)
-
-    @property
-    def multiple(self) -> int:  # type: ignore[override]
-        """A side holds whole patches of 2×2 latents."""
-        return max(8, 2 * self.pipe.vae_scale_factor)
 
     def attention_sites(self) -> list[AttentionSite]:
         """Two-stream blocks, then one-stream blocks."""
@@ -74,26 +69,11 @@ class FluxFamily(Family):
         """The scale of true guidance."""
         return float(arguments.get("true_cfg_scale") or 1)
 
-    def default_size(self) -> tuple[int, int]:
-        """As the pipeline has it."""
-        size = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return size, size
-
-    def latent_shape(self, arguments: Arguments) -> tuple[int, int, int]:
-        """Two latent positions a patch of the transformer, each way."""
-        y, x = self.grid(arguments)
-        return self._channels // 4, 2 * y, 2 * x
-
     @property
-    def _channels(self) -> int:
+    def channels(self) -> int:
         """Of what the transformer predicts; a control model is given as many more, of the control picture."""
         config = self.denoiser.config
         return int(config.out_channels or config.in_channels)
-
-    def blank_output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """As many positions as the latents have."""
-        hidden = kwargs["hidden_states"]
-        return hidden.new_empty((*hidden.shape[:-1], self._channels))
 
     def skipped_steps(self, arguments: Arguments) -> int:
         """Image-to-image leaves out the first 1 − strength of the steps."""
@@ -101,14 +81,6 @@ class FluxFamily(Family):
             return 0
         steps = int(arguments["num_inference_steps"])
         return int(max(steps - min(steps * float(arguments["strength"]), steps), 0))
-
-    def unpack(self, latents: torch.Tensor, arguments: Arguments) -> torch.Tensor:
-        """From patches to a picture of latents."""
-        return packing.unpack(latents, self.latent_shape(arguments))
-
-    def pack(self, latents: torch.Tensor) -> torch.Tensor:
-        """From a picture of latents to patches."""
-        return packing.pack(latents)
 
     def schedule(self, arguments: Arguments) -> dict[str, Any]:
         """Evenly spaced noise levels, shifted with the size."""
@@ -119,21 +91,6 @@ class FluxFamily(Family):
         if config.get("use_flow_sigmas"):
             return shift
         return {"sigmas": np.linspace(1.0, 1 / steps, steps), **shift}
-
-    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """The model is given a thousandth of it, rounded to its dtype: the scheduler knows better."""
-
-    def grid(self, arguments: Arguments) -> tuple[int, int]:
-        """One position per 2×2 latents."""
-        height, width = self.size(arguments)
-        step = 2 * self.pipe.vae_scale_factor
-        return height // step, width // step
-
-    def spans(self, site: AttentionSite, queries: int, keys: int, kwargs: Mapping[str, Any]) -> Spans:
-        """The text first, then the image; also in one-stream blocks, which see one sequence."""
-        text = int(kwargs["encoder_hidden_states"].shape[1])
-        first, image = slice(0, text), slice(text, queries)
-        return Spans(image, first, image, first)
 
     def dry_inputs(self, arguments: Arguments) -> DenoiserInputs:
         """One row."""

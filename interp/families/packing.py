@@ -1,9 +1,13 @@
 """Latents in 2×2 patches: FLUX and its relatives hand the scheduler (rows, position, channel·4)."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from einops import rearrange
 
 from interp.errors import InterpError
+from interp.families.base import Arguments, AttentionSite, Family, Spans
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -11,16 +15,68 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
     return rearrange(latents, "b c (y p) (x q) -> b (y x) (c p q)", p=2, q=2)
 
 
-def unpack(latents: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Turn (rows, position, channel·4) into (rows, channel, y, x) of this shape; the inverse of `pack`.
+def unpack(latents: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Turn (rows, position, channel·4) into (rows, channel, y, x) of this shape (…, y, x); the inverse of `pack`.
 
     Raises:
         InterpError: the latents are of another size than the pipeline was called with.
     """
-    _, y, x = shape
+    y, x = shape[-2:]
     if latents.ndim != 3 or latents.shape[1] * 4 != y * x:
         raise InterpError(
             f"packed latents of shape {tuple(latents.shape)} do not fit {y}×{x}; enter the HookRegistry before the pipeline "
             "is called, so that it knows the picture's size"
         )
     return rearrange(latents, "b (y x) (c p q) -> b c (y p) (x q)", y=y // 2, x=x // 2, p=2, q=2)
+
+
+class PackedFamily(Family):
+    """What pipelines with packed latents share: blocks read the text first, then the image, one position a patch."""
+
+    @property
+    def multiple(self) -> int:  # type: ignore[override]
+        """A side holds whole patches of 2×2 latents."""
+        return max(8, 2 * self.pipe.vae_scale_factor)
+
+    def default_size(self) -> tuple[int, int]:
+        """As the pipeline has it."""
+        size = self.pipe.default_sample_size * self.pipe.vae_scale_factor
+        return size, size
+
+    def grid(self, arguments: Arguments) -> tuple[int, int]:
+        """One position per 2×2 latents."""
+        height, width = self.size(arguments)
+        step = 2 * self.pipe.vae_scale_factor
+        return height // step, width // step
+
+    @property
+    def channels(self) -> int:
+        """Of a patch, as the transformer predicts it."""
+        return int(self.denoiser.config.in_channels)
+
+    def latent_shape(self, arguments: Arguments) -> tuple[int, int, int]:
+        """Two latent positions a patch of the transformer, each way."""
+        y, x = self.grid(arguments)
+        return self.channels // 4, 2 * y, 2 * x
+
+    def unpack(self, latents: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+        """From patches to a picture of latents."""
+        return unpack(latents, self.latent_shape(arguments))
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """From a picture of latents to patches."""
+        return pack(latents)
+
+    def blank_output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """As many positions as the latents have."""
+        hidden = kwargs["hidden_states"]
+        return hidden.new_empty((*hidden.shape[:-1], self.channels))
+
+    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The model is given a thousandth of it, rounded to its dtype: the scheduler knows better."""
+
+    def spans(self, site: AttentionSite, queries: int, keys: int, kwargs: Mapping[str, Any]) -> Spans:
+        """The text first, then the image; also in one-stream blocks, which see one sequence."""
+        text = int(kwargs["encoder_hidden_states"].shape[1])
+        first, image = slice(0, text), slice(text, queries)
+        return Spans(image, first, image, first)

@@ -49,7 +49,7 @@ class FamilyCase:
     def pipe(self) -> Any:
         """The pipeline, in float32; called once, since transformers puts hooks of its own at a model's first call."""
         pipe = self.make()
-        self.call(pipe)
+        self.call(pipe, guided=False)
         return pipe
 
     @cached_property
@@ -64,8 +64,9 @@ class FamilyCase:
         return {**self.options, **self.unguided}
 
     def negatives(self, count: int) -> dict[str, Any]:
-        """The argument that gives so many negative prompts, if there is guidance."""
-        return {} if self.guided is None else {"negative_prompt": [self.negative] * count}
+        """The argument that gives so many negative prompts, if there is guidance, and the pipeline takes them."""
+        takes = self.guided is not None and self.family.takes_negative
+        return {"negative_prompt": [self.negative] * count} if takes else {}
 
     def call(self, pipe: Any | None = None, *, guided: bool = True, **more: Any) -> torch.Tensor:
         """Call the pipeline as a user does; return what it gives for `output_type="latent"`."""

@@ -303,9 +303,12 @@ def flux_schnell() -> FluxPipeline:
     return pipe
 
 
+from tests.families import chat_pipelines as chat  # noqa: E402 - they are built from what is above
+
 BUILDERS = {
     "sd1": sd1, "sd2": sd2, "sdxl": sdxl, "pixart_alpha": pixart_alpha, "pixart_sigma": pixart_sigma, "sd3": sd3,
-    "sd35": sd35, "flux": flux, "flux_schnell": flux_schnell,
+    "sd35": sd35, "flux": flux, "flux_schnell": flux_schnell, "flux2": chat.flux2, "flux2_klein": chat.flux2_klein,
+    "qwenimage": chat.qwenimage, "zimage": chat.zimage,
 }  # fmt: skip
 
 

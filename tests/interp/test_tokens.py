@@ -50,8 +50,21 @@ def test_what_would_be_cut(length):
     assert ("'on a square'" if length == 4 else "'a square'") in str(caught.value)
 
 
-def test_padding_on_the_left_is_not_guessed():
+def test_padding_lies_where_the_tokenizer_puts_it():
     left = t5_tokenizer()
     left.padding_side = "left"
-    with pytest.raises(interp.InterpError, match="pads on the left"):
-        tokenize(left, "a red circle", 8)
+    found = tokenize(left, "a red circle", 8)
+    assert found.ids == left("a red circle", padding="max_length", max_length=8)["input_ids"]
+    assert found.role == ["pad"] * 4 + ["word"] * 3 + ["eos"] and found.eos == 7 and found.word[4:7] == [0, 1, 2]
+
+
+def test_a_template_around_the_prompt():
+    """The template's own words are no words of the prompt, also where the prompt repeats them."""
+    tok = tokenizer()
+    found = tokenize(tok, "a red circle", 20, prefix="a red photo of ", suffix=" on the background")
+    want = tok("a red photo of a red circle on the background", padding="max_length", max_length=20)["input_ids"]
+    assert found.ids == want
+    assert found.role == ["bos", *["template"] * 4, *["word"] * 3, *["template"] * 4, "eos", *["pad"] * 7]
+    assert [found.words[w] for w in found.word if w >= 0] == ["a", "red", "circle"]
+    with pytest.raises(interp.InterpError, match="end of the model's own words would be cut"):
+        tokenize(tok, "a red circle", 10, prefix="a red photo of ", suffix=" on the background")
