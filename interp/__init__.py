@@ -29,6 +29,7 @@ _HOME = {
     "RemoveGuidance": "interp.interventions",
     "ReplaceEOS": "interp.interventions",
     "ReplacePrompt": "interp.interventions",
+    "ReplaceTokens": "interp.interventions",
     "InterpError": "interp.errors",
     "open_run": "interp.stores",
     "Run": "interp.stores",
@@ -47,6 +48,7 @@ __all__ = [
     "RemoveText",
     "ReplaceEOS",
     "ReplacePrompt",
+    "ReplaceTokens",
     "Run",
     "__version__",
     "encode_image",
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from interp.interventions import RemoveText as RemoveText
     from interp.interventions import ReplaceEOS as ReplaceEOS
     from interp.interventions import ReplacePrompt as ReplacePrompt
+    from interp.interventions import ReplaceTokens as ReplaceTokens
     from interp.loading import load as load
     from interp.planning import Plan as Plan
     from interp.planning import plan as plan

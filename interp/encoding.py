@@ -128,7 +128,10 @@ def _run_batch(
 
     with HookRegistry(pipe) as hooks:
         changes = planned.conditions[columns["condition"][batch[0]]]
-        rows = Batch(planned.rows(batch), [planned.tokens[i] for i in batch], planned.timeline, planned.guidance_scale)
+        rows = Batch(
+            planned.rows(batch), [planned.tokens[i] for i in batch], planned.timeline, planned.guidance_scale,
+            planned.arguments, [columns["seed"][i] for i in batch],
+        )  # fmt: skip
         attach_all(changes, hooks, rows)
         hooks.on_call(evaluate)
         recorder = Recorder(hooks, writer, planned, batch, waiting)

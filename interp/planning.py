@@ -153,6 +153,10 @@ def plan(
     times = timeline(pipe.scheduler, steps, schedule=family.schedule(arguments))
     for changes in named.values():
         check_all(changes, times, table.columns, family.guided(arguments))
+    rows = table.rows(range(len(table)))
+    prompts = [(family.tokenize(row["prompt"], arguments), row) for row in rows]
+    for change in (c for changes in named.values() for c in changes):
+        change.check_model(family, prompts, arguments)
     samples, batches = _samples(table, named, seed_list, _batch_size(pipe, batch_size))
     return assemble(
         pipe, capture=capture, table=table, samples=samples, batches=batches, conditions=named, steps=steps,

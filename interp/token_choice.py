@@ -68,9 +68,13 @@ def _positions(wanted: Sequence[Item], tokens: Tokens, row: Mapping[str, Any]) -
 
 
 def _words(item: str, tokens: Tokens, row: Mapping[str, Any]) -> list[int]:
-    """Positions of all occurrences of a word or phrase; case does not matter."""
+    """Positions of all occurrences of a word or phrase."""
+    return sorted({p for found in occurrences(item, tokens, row) for p in found})
+
+
+def occurrences(item: str, tokens: Tokens, row: Mapping[str, Any]) -> list[list[int]]:
+    """Positions of each occurrence of a word or phrase, all its tokens in all encoders; case does not matter."""
     phrase = [m.group().lower() for m in WORD.finditer(fill(item, row))]
     words = [w.lower() for w in tokens.words]
     starts = [i for i in range(len(words) - len(phrase) + 1) if phrase and words[i : i + len(phrase)] == phrase]
-    inside = {i + k for i in starts for k in range(len(phrase))}
-    return [p for p, w in enumerate(tokens.word) if w in inside]
+    return [[p for p, w in enumerate(tokens.word) if i <= w < i + len(phrase)] for i in starts]

@@ -134,7 +134,7 @@ def run_batch(
     with HookRegistry(pipe) as hooks:
         context = Batch(
             planned.rows(batch), [planned.tokens[i] for i in batch], planned.timeline, planned.guidance_scale,
-            planned.arguments,
+            planned.arguments, [columns["seed"][i] for i in batch],
         )  # fmt: skip
         attach_all(changes, hooks, context)
         recorder = Recorder(hooks, writer, planned, batch, waiting, places)

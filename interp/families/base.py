@@ -372,6 +372,16 @@ class Family(ABC):
     def with_text(self, kwargs: Mapping[str, Any], text: EncodedPrompt) -> dict[str, Any]:
         """Return the denoiser call's keyword arguments with other text states; the given dict is not touched."""
 
+    def layer_text(self, text: EncodedPrompt) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return what cross-attention layers make their keys and values of: states, and the mask as a bias.
+
+        The states are (row, token, feature) after the denoiser's own projection of them; the bias is (row, 1, token), 0
+        where a token is attended to.
+        """
+        if text.mask is None:
+            return text.embeddings, None
+        return text.embeddings, ((1 - text.mask.to(text.embeddings.dtype)) * -10000.0)[:, None]
+
 
 def families() -> dict[str, type[Family]]:
     """Return every installed family by name."""

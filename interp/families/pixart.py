@@ -121,3 +121,8 @@ class PixArtFamily(Family):
         """Exchange the states, and the mask if one is given."""
         changed = {**kwargs, "encoder_hidden_states": text.embeddings}
         return changed if text.mask is None else {**changed, "encoder_attention_mask": text.mask}
+
+    def layer_text(self, text: EncodedPrompt) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The captions are projected to the transformer's width first."""
+        states, bias = super().layer_text(text)
+        return (states if self.denoiser.caption_projection is None else self.denoiser.caption_projection(states)), bias

@@ -4,6 +4,7 @@ from interp.interventions.base import Batch, Intervention, attach_all, check_all
 from interp.interventions.functions import Edit, NNsightEdit
 from interp.interventions.guidance import RemoveGuidance, RemoveText
 from interp.interventions.text import ReplaceEOS, ReplacePrompt
+from interp.interventions.token_states import ReplaceTokens
 
 __all__ = [
     "Batch",
@@ -14,6 +15,7 @@ __all__ = [
     "RemoveText",
     "ReplaceEOS",
     "ReplacePrompt",
+    "ReplaceTokens",
     "attach_all",
     "check_all",
     "from_spec",

@@ -1,6 +1,8 @@
 """The contract of an intervention: a frozen dataclass with a window, what it claims, and how it attaches."""
 
 import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
@@ -8,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from interp.clock import Timeline
 from interp.errors import InterpError, nearest
+from interp.families import Family
 from interp.hooks import HookRegistry
 from interp.tokens import Tokens
 
@@ -19,7 +22,7 @@ class Batch:
     """What an intervention may know of the samples that run together.
 
     rows: the samples' rows of the prompt table; tokens: their prompts, tokenised; timeline: the noise levels of the
-    run; guidance_scale: as asked for; arguments: of the pipeline's call, defaults filled in.
+    run; guidance_scale: as asked for; arguments: of the pipeline's call, defaults filled in; seeds: the samples' own.
     """
 
     rows: list[dict[str, Any]]
@@ -27,6 +30,7 @@ class Batch:
     timeline: Timeline
     guidance_scale: float
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,10 @@ class Intervention:
         return frozenset(i for i, level in enumerate(levels) if first_level >= level > last_level)
 
     def claims(self) -> frozenset[str]:
-        """Name what the intervention owns in its window (`branches`, `text:eos`): two owners are refused."""
+        """Name what the intervention owns in its window: two owners are refused.
+
+        Parts are written `text:eos`, and positions of a part `text:eos[0:5]`.
+        """
         return frozenset()
 
     def branches(self) -> tuple[str, ...] | None:
@@ -102,6 +109,14 @@ class Intervention:
 
     def check(self, table: Mapping[str, Sequence[Any]], guided: bool) -> None:
         """Raise InterpError if the run cannot carry the intervention; called before anything runs."""
+
+    def check_model(
+        self, family: Family, prompts: list[tuple[Tokens, dict[str, Any]]], arguments: Mapping[str, Any]
+    ) -> None:
+        """Raise InterpError if this pipeline or one of the prompts cannot carry it; called before anything runs.
+
+        prompts: tokenised, each with its row of the prompt table; arguments: of the pipeline's call.
+        """
 
     def attach(self, hooks: HookRegistry, batch: Batch) -> None:
         """Put hooks for one batch; the registry takes them away."""
@@ -174,11 +189,20 @@ def check_all(
                         f"{'s' if len(both) > 1 else ''} {both[0]}{f'–{both[-1]}' if len(both) > 1 else ''}; "
                         "give them windows that do not overlap"
                     )
-            owned.append((one, claim, steps))
+        owned += [(one, claim, steps) for claim in one.claims()]
 
 
 def _overlap(a: str, b: str) -> bool:
-    return a == b or a.startswith(b + ":") or b.startswith(a + ":")
+    """Tell whether two claims meet: `text` holds `text:eos`, which holds `text:eos[0:5]`, its first five positions."""
+    (one, first, stop), (other, second, end) = _range(a), _range(b)
+    if one == other:
+        return max(first, second) < min(stop, end)
+    return one.startswith(other + ":") or other.startswith(one + ":")
+
+
+def _range(claim: str) -> tuple[str, int, int]:
+    found = re.fullmatch(r"(.*)\[(\d+):(\d*)\]", claim)
+    return (found[1], int(found[2]), int(found[3] or sys.maxsize)) if found else (claim, 0, sys.maxsize)
 
 
 def attach_all(interventions: Sequence[Intervention], hooks: HookRegistry, batch: Batch) -> None:

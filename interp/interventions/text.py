@@ -1,4 +1,4 @@
-"""Exchanging what the denoiser reads: the text states of the branch with text."""
+"""Exchanging what the denoiser reads: the text states of the branch with text, everywhere or in some layers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,163 +6,319 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from interp.branches import split_rows
 from interp.catalog import attention_sites
 from interp.errors import InterpError, nearest, sentence_list
-from interp.families import EncodedPrompt
-from interp.hooks import DenoiserCall, HookRegistry
+from interp.families import Arguments, EncodedPrompt, Family
+from interp.hooks import At, DenoiserCall, HookRegistry
 from interp.interventions.base import Batch, Intervention
 from interp.prompts import fill
 from interp.tokens import Tokens
 
+Prompts = list[tuple[Tokens, dict[str, Any]]]
+"""Tokenised prompts, each with its row of the prompt table."""
 
-@dataclass(frozen=True, repr=False)
-class _ReplaceText(Intervention):
-    """Replace text states of the cond branch by states made from another prompt.
 
-    Args:
-        prompt: The other prompt; `"{target}"` takes it from a column of the prompt table.
-        side: `"kv"` both keys and values read the new states, `"k"` or `"v"` only these.
-        layers: Globs over cross-attention sites that read the new states; default all.
-        pooled: `"replace"` or `"keep"` the pooled vector (SDXL), which is made from the encoder's EOS state.
+@dataclass(frozen=True)
+class Exchange:
+    """Where a batch's new text states come from.
+
+    source: (sample, token), the position in the other states that each token takes, −1 where it keeps its own.
+    other: the other states, made from the samples' own; a mask or pooled vector that it leaves out is kept.
     """
 
-    prompt: str
+    source: torch.Tensor
+    other: Callable[[EncodedPrompt], EncodedPrompt]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TextChange(Intervention):
+    """Exchange text states of the cond branch; the branch without text (a negative prompt) is never touched.
+
+    Args:
+        side: `"kv"` both keys and values read the new states, `"k"` or `"v"` only these. A mask goes with the keys.
+        layers: Globs over cross-attention sites that read the new states; default all.
+        pooled: `"replace"` or `"keep"` the pooled vector (SDXL, Stable Diffusion 3, FLUX), a second way for the text;
+            `"only"` replaces it and leaves the tokens alone.
+    """
+
     side: Literal["kv", "k", "v"] = "kv"
     layers: tuple[str, ...] | None = None
-    pooled: Literal["replace", "keep"] = "replace"
+    pooled: Literal["replace", "keep", "only"] = "replace"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, words in (("side", ("kv", "k", "v")), ("pooled", ("replace", "keep"))):
-            value = getattr(self, field)
-            if value not in words:
-                raise InterpError(f"{self!r}: {field} is {sentence_list(words)}{nearest(str(value), words)}")
-        if isinstance(self.layers, str):
-            object.__setattr__(self, "layers", (self.layers,))
+        self.one_of("side", ("kv", "k", "v"))
+        self.one_of("pooled", ("replace", "keep", "only"))
+        self.as_tuple("layers")
+        if self.pooled == "only" and not (self.side == "kv" and self.layers is None):
+            raise InterpError(f"{self!r}: pooled='only' leaves the tokens alone, so it has no side and no layers")
+
+    def one_of(self, field: str, words: Sequence[str]) -> None:
+        """Refuse a field's value that is none of these."""
+        value = getattr(self, field)
+        if value not in words:
+            raise InterpError(f"{self!r}: {field} is {sentence_list(words, 9)}{nearest(str(value), words)}")
+
+    def as_tuple(self, field: str) -> None:
+        """Let a field that holds several take one alone."""
+        value = getattr(self, field)
+        if isinstance(value, (str, int)):
+            object.__setattr__(self, field, (value,))
+
+    def exchange(self, family: Family, batch: Batch) -> Exchange:
+        """Return where the new states come from, for a batch."""
+        raise NotImplementedError
+
+    def tokens_claimed(self) -> frozenset[str]:
+        """Name the tokens whose states are exchanged."""
+        raise NotImplementedError
+
+    def claims(self) -> frozenset[str]:
+        """The tokens, and the pooled vector."""
+        pooled = frozenset() if self.pooled == "keep" else frozenset({"pooled"})
+        return pooled if self.pooled == "only" else self.tokens_claimed() | pooled
+
+    def check_model(self, family: Family, prompts: Prompts, arguments: Arguments) -> None:
+        """The layers must exist, and the pooled vector if it alone is to be exchanged."""
+        if self.side != "kv" or self.layers is not None:
+            self._sites(family)
+        if self.pooled == "only" and dry_text(family, arguments).pooled is None:
+            raise InterpError(f"{self!r}: {type(family.pipe).__name__} gives its denoiser no pooled vector of the text")
+
+    def _sites(self, family: Family) -> list[str]:
+        """The cross-attention sites that read the new states."""
+        every = attention_sites(family)
+        cross = [s for s in every if s.kind == "cross"]
+        if not cross:
+            raise InterpError(
+                f"{self!r}: in {type(family.pipe).__name__} the text is a stream that every block changes, so there are no "
+                "keys or values of the prompt by layer; leave out side and layers"
+            )
+        chosen = [s for s in cross if any(fnmatchcase(s.name, p) for p in self.layers or ("*",))]
+        if not chosen:
+            raise InterpError(
+                f"{self!r} matches no cross-attention layer; there are {sentence_list([s.name for s in cross], 2)}"
+            )
+        if any(getattr(s.module, "fused_projections", False) for s in chosen):
+            raise InterpError(f"{self!r} needs separate key and value projections; call pipe.unfuse_qkv_projections()")
+        return [s.name for s in chosen]
+
+    def attach(self, hooks: HookRegistry, batch: Batch) -> None:
+        """Prepare the other states once, then exchange in each denoiser call of the window."""
+        steps = self.steps(batch.timeline)
+        if not steps:
+            return
+        family, exchange = hooks.family, self.exchange(hooks.family, batch)
+        layered = None
+        if self.side != "kv" or self.layers is not None:
+            layered = _Layers(hooks, self._sites(family), self.side, exchange.source)
+
+        def edit(call: DenoiserCall) -> None:
+            if layered is not None:
+                layered.end()
+            if call.step not in steps or "cond" not in call.branches:
+                return
+            text = family.text_inputs(call.kwargs)
+            rows = _Rows(call.branches)
+            own = EncodedPrompt(
+                rows.cond(text.embeddings),
+                None if text.pooled is None else rows.cond(text.pooled),
+                None if text.mask is None else rows.cond(text.mask),
+            )
+            other = exchange.other(own)
+            pooled = text.pooled
+            if pooled is not None and other.pooled is not None and self.pooled != "keep":
+                pooled = rows.put(pooled, other.pooled.to(pooled))
+            new = EncodedPrompt(text.embeddings, pooled, text.mask)
+            if self.pooled != "only":
+                states = rows.put(text.embeddings, taken(own.embeddings, other.embeddings, exchange.source))
+                mask = text.mask
+                if mask is not None and own.mask is not None and other.mask is not None:
+                    mask = rows.put(mask, taken(own.mask, other.mask, exchange.source))
+                if layered is None:
+                    new = EncodedPrompt(states, pooled, mask)
+                else:
+                    layered.begin(call, EncodedPrompt(states, mask=None if mask is text.mask else mask))
+            call.kwargs = family.with_text(call.kwargs, new)
+
+        hooks.on_call(edit)
+
+
+class _Rows:
+    """The cond branch's rows of a denoiser call."""
+
+    def __init__(self, branches: tuple[str, ...]) -> None:
+        self.branches = branches
+
+    def cond(self, tensor: torch.Tensor) -> torch.Tensor:
+        return split_rows(tensor, self.branches)["cond"]
+
+    def put(self, tensor: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        return torch.cat(list({**split_rows(tensor, self.branches), "cond": cond}.values()))
+
+
+class _Layers:
+    """Some cross-attention layers that read other states, as keys, values or both."""
+
+    def __init__(self, hooks: HookRegistry, sites: Sequence[str], side: str, source: torch.Tensor) -> None:
+        self._family, self._source = hooks.family, source
+        self._call: DenoiserCall | None = None
+        self._states: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+        for site in sites:
+            for one in side:
+                hooks.write(f"{site}.to_{one}:in", self._exchange)
+            if "k" in side:
+                module = hooks.family_module(site)
+                hooks.on_exit(module.register_forward_pre_hook(self._unmask, with_kwargs=True).remove)
+
+    def begin(self, call: DenoiserCall, text: EncodedPrompt) -> None:
+        """Note what the layers are to read in this call; all rows, so that the arithmetic is that of the call itself."""
+        states, bias = self._family.layer_text(text)
+        rows = _Rows(call.branches)
+        self._call, self._states = call, rows.cond(states)
+        self._bias = None if bias is None else rows.cond(bias)
+
+    def end(self) -> None:
+        """Read what the denoiser gives again."""
+        self._call = self._states = self._bias = None
+
+    def _exchange(self, states: torch.Tensor, at: At) -> torch.Tensor | None:
+        if self._states is None or at.branch != "cond":
+            return None
+        return taken(states, self._states, self._source, at_source=False)
+
+    def _unmask(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        call, given = self._call, kwargs.get("attention_mask")
+        if call is None or self._bias is None or given is None or "cond" not in call.branches:
+            return None
+        bias = _Rows(call.branches).put(given, self._bias.to(given).reshape(-1, *given.shape[1:]))
+        return args, {**kwargs, "attention_mask": bias}
+
+
+def taken(own: torch.Tensor, other: torch.Tensor, source: torch.Tensor, at_source: bool = True) -> torch.Tensor:
+    """Return `own` (sample, token, …) with the tokens of `source` ≥ 0 taken from `other`: from there, or in place."""
+    source = source.to(own.device)
+    other = other.to(own)
+    if at_source:
+        other = other[torch.arange(len(source), device=own.device)[:, None], source.clamp(min=0)]
+    keep = (source < 0).reshape(*source.shape, *[1] * (own.ndim - 2))
+    return torch.where(keep, own, other)
+
+
+def dry_text(family: Family, arguments: Arguments) -> EncodedPrompt:
+    """Text inputs of a denoiser call without data: which of them there are, and how wide."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return family.text_inputs(family.dry_inputs(arguments).kwargs)
+
+
+def positions(family: Family, arguments: Arguments, length: int) -> dict[str, range]:
+    """Encoder → the positions of its tokens in a text of this length."""
+    return {name: range(length)[where] for name, where in family.text_segments(arguments).items()}
+
+
+@dataclass(frozen=True, repr=False)
+class OtherPrompt(TextChange):
+    """Exchange text states for those of another prompt; `"{target}"` takes it from a column of the prompt table."""
+
+    prompt: str
 
     def check(self, table: Mapping[str, Sequence[Any]], guided: bool) -> None:
         """A column that the prompt names must exist."""
         fill(self.prompt, {name: values[0] for name, values in table.items()})
 
-    def mix(self, old: torch.Tensor, new: torch.Tensor, mine: Tokens, other: Tokens) -> torch.Tensor:
-        """Return one sample's states (token, feature) from the prompt's own (`old`) and the other prompt's (`new`)."""
-        raise NotImplementedError
+    def check_model(self, family: Family, prompts: Prompts, arguments: Arguments) -> None:
+        """The other prompts must fit the context and be as long as these, padding included."""
+        super().check_model(family, prompts, arguments)
+        for mine, row in prompts:
+            other = family.tokenize(fill(self.prompt, row), arguments)
+            if len(other.ids) != len(mine.ids):
+                raise InterpError(
+                    f"{self!r}: the other prompt has {len(other.ids)} text positions and this one {len(mine.ids)}; with "
+                    f"{type(family.pipe).__name__} both must have the same number of tokens"
+                )
 
-    def attach(self, hooks: HookRegistry, batch: Batch) -> None:
-        """Encode the other prompts once, then exchange states in each denoiser call of the window."""
-        family, steps = hooks.family, self.steps(batch.timeline)
-        if not steps:
-            return
+    def exchange(self, family: Family, batch: Batch) -> Exchange:
+        """Encode the other prompts, once for the batch."""
         prompts = [fill(self.prompt, row) for row in batch.rows]
         others = [family.tokenize(p, batch.arguments) for p in prompts]
         encoded = family.encode(prompts, batch.arguments)
-        segments = list(family.text_segments(batch.arguments).values())
+        found = []
+        for mine, other in zip(batch.tokens, others, strict=True):
+            source = [-1] * len(mine.ids)
+            for where in positions(family, batch.arguments, len(mine.ids)).values():
+                part = slice(where.start, where.stop)
+                for p, q in self.take(mine.part(part), other.part(part)).items():
+                    source[where[p]] = where[q]
+            found.append(source)
+        return Exchange(torch.tensor(found), lambda own: encoded)
 
-        def changed(states: torch.Tensor, fresh: torch.Tensor | None = None) -> torch.Tensor:
-            fresh = (encoded.embeddings if fresh is None else fresh).to(states)
-            if fresh.shape != states.shape:
-                raise InterpError(
-                    f"{self!r}: the other prompt has {fresh.shape[1]} text positions and this one {states.shape[1]}; with "
-                    f"{type(hooks.pipe).__name__} both must have the same number of tokens"
-                )
-            return torch.stack([
-                torch.cat([self.mix(old[s], new[s], mine.part(s), other.part(s)) for s in segments])
-                for old, new, mine, other in zip(states, fresh, batch.tokens, others, strict=True)
-            ])  # fmt: skip
-
-        whole = self.side == "kv" and self.layers is None
-
-        def edit(call: DenoiserCall) -> None:
-            if call.step not in steps or "cond" not in call.keep or "cond" not in call.branches:
-                return
-            text = family.text_inputs(call.kwargs)
-            parts = split_rows(text.embeddings, call.branches)
-            if whole:
-                parts["cond"] = changed(parts["cond"])
-            mask = text.mask
-            if whole and mask is not None and encoded.mask is not None:
-                masks = split_rows(mask, call.branches)
-                masks["cond"] = changed(masks["cond"][..., None], encoded.mask[..., None])[..., 0]
-                mask = torch.cat(list(masks.values()))
-            pooled = text.pooled
-            if pooled is not None and encoded.pooled is not None and self.pooled == "replace":
-                pools = split_rows(pooled, call.branches)
-                pools["cond"] = encoded.pooled.to(pooled)
-                pooled = torch.cat(list(pools.values()))
-            call.kwargs = family.with_text(call.kwargs, EncodedPrompt(torch.cat(list(parts.values())), pooled, mask))
-
-        hooks.on_call(edit)
-        if not whole:
-            self._attach_layers(hooks, steps, changed)
-
-    def _attach_layers(
-        self, hooks: HookRegistry, steps: frozenset[int], changed: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
-        """Exchange the input of the chosen layers' key or value projections."""
-        cross = [s.name for s in attention_sites(hooks.family) if s.kind == "cross"]
-        chosen = [n for n in cross if any(fnmatchcase(n, p) for p in self.layers or ("*",))]
-        if not chosen:
-            raise InterpError(
-                f"{self!r} matches no cross-attention layer; there are {sentence_list(cross, 2) or 'none in this model'}"
-            )
-        for site in chosen:
-            module = hooks.family_module(site)
-            if getattr(module, "fused_projections", False):
-                raise InterpError(
-                    f"{self!r} needs separate key and value projections; call pipe.unfuse_qkv_projections()"
-                )
-            for side in self.side:
-                hooks.write(
-                    f"{site}.to_{side}:in",
-                    lambda states, at: changed(states) if at.branch == "cond" and at.step in steps else None,
-                )
+    def take(self, mine: Tokens, other: Tokens) -> dict[int, int]:
+        """Return which positions of one encoder are taken from which of the other prompt's."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, repr=False)
-class ReplaceEOS(_ReplaceText):
+class ReplaceEOS(OtherPrompt):
     """Let the prompt's [EOS] come from another prompt: `[BOS] + A + [EOS]_B` of Yi et al. (2405.15330), §5.1.
 
-    Their "[EOS]" is the first end-of-text token and all padding after it (Stable Diffusion 1 pads with it).
+    Their "[EOS]" is the first end-of-text token and all padding after it (Stable Diffusion 1 pads with it). A T5 encoder
+    has one end-of-text token, and PixArt masks the padding after it: there the exchange is of that one state.
 
     Args:
         prompt: B; `"{target}"` takes it from a column of the prompt table.
         align: The paper does not say what happens when A and B differ in length. `"first_eos"`: B's run of EOS is
             shifted to begin after A's last word, and cut or extended (by its last state) to fill the context.
             `"position"`: states are copied at the positions that are EOS in both.
+        skip, count: Exchange `count` positions of the run (None: all the rest) after the first `skip`; which of them
+            matter is the paper's appendix C.
 
-    >>> ReplaceEOS("{target}", side="v")
-    ReplaceEOS(prompt='{target}', side='v')
+    >>> ReplaceEOS("{target}", side="v", count=5)
+    ReplaceEOS(prompt='{target}', side='v', count=5)
     """
 
     align: Literal["first_eos", "position"] = "first_eos"
+    skip: int = 0
+    count: int | None = None
 
     name: ClassVar[str] = "replace_eos"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.align not in ("first_eos", "position"):
+        self.one_of("align", ("first_eos", "position"))
+        check_count(self, self.skip, self.count)
+
+    def tokens_claimed(self) -> frozenset[str]:
+        """Positions of the run that begins with the first EOS."""
+        return frozenset({f"text:eos[{self.skip}:{'' if self.count is None else self.skip + self.count}]"})
+
+    def check_model(self, family: Family, prompts: Prompts, arguments: Arguments) -> None:
+        """There must be an end-of-text token."""
+        super().check_model(family, prompts, arguments)
+        tokens = prompts[0][0]
+        if self.pooled != "only" and "eos" not in tokens.role:
             raise InterpError(
-                f"{self!r}: align is 'first_eos' or 'position'{nearest(self.align, ['first_eos', 'position'])}"
+                f"{self!r}: the text of {type(family.pipe).__name__} has no end-of-text token; its tokens are "
+                f"{sentence_list(dict.fromkeys(tokens.role))}"
             )
 
-    def claims(self) -> frozenset[str]:
-        """The states at and after the first EOS."""
-        return frozenset({"text:eos"})
-
-    def mix(self, old: torch.Tensor, new: torch.Tensor, mine: Tokens, other: Tokens) -> torch.Tensor:
-        """A's states up to its last word, then B's run of EOS."""
-        length = len(old)
+    def take(self, mine: Tokens, other: Tokens) -> dict[int, int]:
+        """A's positions after its last word, from B's run of EOS."""
         if self.align == "position":
-            start = max(mine.eos, other.eos)
-            return torch.cat([old[:start], new[start:]])
-        source = (other.eos + torch.arange(length - mine.eos, device=new.device)).clamp(max=length - 1)
-        return torch.cat([old[: mine.eos], new[source]])
+            first = max(mine.eos, other.eos)
+            run = {p: p for p in range(first, len(mine.ids))}
+        else:
+            first, last = mine.eos, len(other.ids) - 1
+            run = {p: min(other.eos + p - first, last) for p in range(first, len(mine.ids))}
+        stop = len(mine.ids) if self.count is None else first + self.skip + self.count
+        return {p: q for p, q in run.items() if first + self.skip <= p < stop}
 
 
 @dataclass(frozen=True, repr=False)
-class ReplacePrompt(_ReplaceText):
+class ReplacePrompt(OtherPrompt):
     """Let the denoiser read another prompt within the window, in all layers or in some (LocoGen, 2405.01008).
 
     >>> ReplacePrompt("{target}", start=0.5)
@@ -171,10 +327,17 @@ class ReplacePrompt(_ReplaceText):
 
     name: ClassVar[str] = "replace_prompt"
 
-    def claims(self) -> frozenset[str]:
+    def tokens_claimed(self) -> frozenset[str]:
         """All text states."""
         return frozenset({"text"})
 
-    def mix(self, old: torch.Tensor, new: torch.Tensor, mine: Tokens, other: Tokens) -> torch.Tensor:
-        """The other prompt's states, all of them."""
-        return new
+    def take(self, mine: Tokens, other: Tokens) -> dict[int, int]:
+        """Every position."""
+        return {p: p for p in range(len(mine.ids))}
+
+
+def check_count(one: Intervention, skip: int, count: int | None) -> None:
+    """Refuse numbers of positions that are none."""
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (skip, 0 if count is None else count))
+    if not whole or skip < 0 or (count is not None and count < 1):
+        raise InterpError(f"{one!r}: skip is a whole number from 0, count one from 1, or None for all")
