@@ -368,6 +368,10 @@ class Family(ABC):
     def text_inputs(self, kwargs: Mapping[str, Any]) -> EncodedPrompt:
         """Read the text states out of a denoiser call's keyword arguments (all rows)."""
 
+    def side_by_side(self, text: EncodedPrompt, other: EncodedPrompt) -> tuple[EncodedPrompt, EncodedPrompt]:
+        """Return the states of two lots of prompts with room for each to be put behind the other's, where lengths differ."""
+        return text, other
+
     @abstractmethod
     def with_text(self, kwargs: Mapping[str, Any], text: EncodedPrompt) -> dict[str, Any]:
         """Return the denoiser call's keyword arguments with other text states; the given dict is not touched."""

@@ -13,7 +13,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from interp.errors import InterpError
 from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt
 from interp.families.packing import PackedFamily, pack, unpack
-from interp.families.ragged import trimmed, with_gaps
+from interp.families.ragged import side_by_side, trimmed, with_gaps
 from interp.tokens import Tokens, tokenize
 
 
@@ -136,6 +136,10 @@ class QwenImageFamily(PackedFamily):
     def text_inputs(self, kwargs: Mapping[str, Any]) -> EncodedPrompt:
         """The states; a mask where prompts differ in length."""
         return with_gaps(kwargs["encoder_hidden_states"], kwargs.get("encoder_hidden_states_mask"))
+
+    def side_by_side(self, text: EncodedPrompt, other: EncodedPrompt) -> tuple[EncodedPrompt, EncodedPrompt]:
+        """Prompts differ in length."""
+        return side_by_side(text, other)
 
     def with_text(self, kwargs: Mapping[str, Any], text: EncodedPrompt) -> dict[str, Any]:
         """Exchange the states and the mask, which the pipeline leaves out where all prompts are of one length."""

@@ -28,6 +28,20 @@ def apart(text: EncodedPrompt) -> list[torch.Tensor]:
     return [states[mask > 0] for states, mask in zip(text.embeddings, text.mask, strict=True)]
 
 
+def lengthened(text: EncodedPrompt, length: int) -> EncodedPrompt:
+    """Return the states with gaps at the end, up to so many positions."""
+    assert text.mask is not None
+    more = length - text.embeddings.shape[1]
+    pad = torch.nn.functional.pad
+    return EncodedPrompt(pad(text.embeddings, (0, 0, 0, more), value=float("nan")), mask=pad(text.mask, (0, more)))
+
+
+def side_by_side(text: EncodedPrompt, other: EncodedPrompt) -> tuple[EncodedPrompt, EncodedPrompt]:
+    """Return the states of two lots of prompts, both as long as both together."""
+    length = text.embeddings.shape[1] + other.embeddings.shape[1]
+    return lengthened(text, length), lengthened(other, length)
+
+
 def trimmed(text: EncodedPrompt) -> tuple[torch.Tensor, torch.Tensor]:
     """Return states and mask without gaps but at the end, no longer than the longest prompt."""
     again = stacked(apart(text))

@@ -13,7 +13,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_de
 from interp.branches import keep_rows, stack_rows
 from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family, Pass, Spans
 from interp.families.chat import around
-from interp.families.ragged import apart, stacked
+from interp.families.ragged import apart, side_by_side, stacked
 from interp.tokens import Tokens, tokenize
 
 
@@ -213,6 +213,10 @@ class ZImageFamily(Family):
     def text_inputs(self, kwargs: Mapping[str, Any]) -> EncodedPrompt:
         """The states before they are padded."""
         return stacked(list(kwargs["cap_feats"]))
+
+    def side_by_side(self, text: EncodedPrompt, other: EncodedPrompt) -> tuple[EncodedPrompt, EncodedPrompt]:
+        """Prompts differ in length."""
+        return side_by_side(text, other)
 
     def with_text(self, kwargs: Mapping[str, Any], text: EncodedPrompt) -> dict[str, Any]:
         """Exchange the states."""

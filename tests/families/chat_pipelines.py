@@ -44,14 +44,15 @@ def tokenizer(template: str, special: list[str], eos: str, bos: str | None = Non
     for word in [*base.WORDS, "back", "ground", "system", "user", "assistant", "think"]:
         if word == "background":
             continue
-        for start in ("", "Ġ") if word not in ("ground",) else ("",):
-            parts = [*start, *word]
-            while len(parts) > 1:
-                pair = (parts[0], parts[1])
-                if pair not in merges:
-                    merges.append(pair)
-                    vocab.setdefault("".join(pair), len(vocab))
-                parts = ["".join(pair), *parts[2:]]
+        parts = list(word)
+        while len(parts) > 1:
+            merges.append((parts[0], parts[1]))
+            parts = ["".join(parts[:2]), *parts[2:]]
+        if word != "ground":
+            merges.append(("Ġ", word))
+    merges = list(dict.fromkeys(merges))
+    for pair in merges:
+        vocab.setdefault("".join(pair), len(vocab))
     made = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token=eos, pad_token="<|endoftext|>", bos_token=bos)
     made.add_special_tokens({"additional_special_tokens": special})
     made.chat_template = template

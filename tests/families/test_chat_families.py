@@ -1,0 +1,182 @@
+"""FLUX.2, Qwen-Image, Z-Image: a template around the prompt, prompts of different lengths, guidance of their own."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import interp
+from interp.families import find_family
+from interp.testing.case import untouched
+from tests.families.pipelines import BUILDERS, tiny
+
+A, B, C = "a red circle", "a dog on the blue square background", "a circle red"
+LAYERS = {"max_sequence_length": 40, "text_encoder_out_layers": [1, 2, 3]}
+OPTIONS = {"flux2": LAYERS, "flux2_klein": LAYERS, "qwenimage": {}, "zimage": {}}
+BARE = interp.Capture(attention=None, image=False)
+
+
+def call(pipe, prompts=(A, B), steps=2, **more):
+    return pipe(
+        prompt=list(prompts), num_inference_steps=steps, height=32, width=48, output_type="latent",
+        generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))], **more,
+    ).images  # fmt: skip
+
+
+def traced(name, interventions=(), prompts=(A,), steps=2, capture=BARE, pipe=None, **more):
+    return interp.trace(
+        pipe or tiny(name), list(prompts), steps=steps, height=32, width=48, guidance_scale=3.0, capture=capture,
+        interventions=list(interventions), progress=False, **{"options": OPTIONS[name], "batch_size": 1, **more},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_tokens_are_those_that_the_encoder_reads(name, side):
+    """Ids, of every position that the denoiser sees; also where a tokenizer pads on the left."""
+    if (name, side) in (("qwenimage", "left"), ("zimage", "left")):
+        side = "right"  # their states are cut by mask: padding is never seen
+    pipe, seen = BUILDERS[name](), []
+    pipe.tokenizer.padding_side = side
+    family = find_family(pipe)
+    handle = pipe.text_encoder.register_forward_pre_hook(
+        lambda m, a, kw: seen.append((kw["input_ids"], kw["attention_mask"])), with_kwargs=True
+    )
+    call(pipe, steps=1, **OPTIONS[name])
+    handle.remove()
+    ids, mask = seen[0]
+    arguments = family.arguments(OPTIONS[name])
+    for row, prompt in enumerate((A, B)):
+        tokens = family.tokenize(prompt, arguments)
+        read = ids[row].tolist()
+        if name in ("qwenimage", "zimage"):
+            read = ids[row][mask[row] > 0].tolist()
+            dropped = pipe.prompt_template_encode_start_idx if name == "qwenimage" else 0
+            assert tokens.ids[: len(read) - dropped] == read[dropped:]
+            assert set(tokens.ids[len(read) - dropped :]) <= {-1}  # what pads to a multiple of 32 is no token
+            assert name == "qwenimage" or len(tokens.ids) % 32 == 0
+        else:
+            assert tokens.ids == read
+        assert tokens.role.count("eos") == (0 if name == "flux2" else 1)
+        if name != "flux2":
+            assert tokens.role[tokens.eos] == "eos" and tokens.role[tokens.eos - 1] == "word"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_replacing_the_prompt_equals_prompting(name):
+    """Bit-equal to the other prompt's own run, though it has another number of tokens."""
+    asked = traced(name, prompts=[B])
+    with untouched(tiny(name)):
+        replaced = traced(name, [interp.ReplacePrompt(B)], prompts=[A])
+    assert np.array_equal(replaced.final_latents.values, asked.final_latents.values)
+    assert not np.array_equal(replaced.final_latents.values, traced(name, prompts=[A]).final_latents.values)
+    same = traced(name, [interp.ReplacePrompt("{prompt}")], prompts=[A, B], batch_size=2)
+    plain = traced(name, prompts=[A, B], batch_size=2)
+    assert np.array_equal(same.final_latents.values, plain.final_latents.values)
+
+
+@pytest.mark.parametrize("align", ["first_eos", "position"])
+@pytest.mark.parametrize("name", ["flux2_klein", "qwenimage", "zimage"])
+def test_eos_is_what_ends_the_turn(name, align):
+    """A's words, then the other prompt's states from `<|im_end|>` on, as the denoiser really receives them."""
+    pipe, seen = tiny(name), []
+    family = find_family(pipe)
+    arguments = family.arguments(OPTIONS[name])
+    field = "cap_feats" if name == "zimage" else "encoder_hidden_states"
+    handle = pipe.transformer.register_forward_pre_hook(lambda m, a, kw: seen.append(kw[field]), with_kwargs=True)
+    traced(name, [interp.ReplaceEOS(B, align=align)], prompts=[A], steps=1)
+    handle.remove()
+    got = seen[0][0]
+    mine, other = (family.encode([p], arguments).embeddings[0] for p in (A, B))
+    a, b = (family.tokenize(p, arguments).eos for p in (A, B))
+    want = torch.cat([mine[:a], other[b:]])[: len(got)]
+    if name == "flux2_klein" and align == "first_eos":  # padded to 40: B's last state fills the rest
+        want = torch.cat([want, other[-1:].expand(len(got) - len(want), -1)])
+    if align == "position":
+        end = max(a, b)
+        want = torch.cat([mine[:end], other[end:]])
+    assert got.shape == want.shape and torch.equal(got, want)
+
+
+def test_what_cannot_be_done_is_refused():
+    with pytest.raises(interp.InterpError, match="no end-of-text token"):
+        traced("flux2", [interp.ReplaceEOS(B)])
+    with pytest.raises(interp.InterpError, match=r"RemoveText.* needs a run with guidance"):
+        traced("flux2", [interp.RemoveText(start=0.5)])
+    for name in ("flux2", "flux2_klein"):
+        with pytest.raises(interp.InterpError, match="takes no negative prompt"):
+            traced(name, negative_prompt=C)
+        with pytest.raises(interp.InterpError, match="reference pictures"), interp.record(tiny(name), capture=BARE):
+            call(tiny(name), image=Image.new("RGB", (32, 32)), **LAYERS)
+    with (
+        pytest.raises(interp.InterpError, match="masks of prompts that differ in length"),
+        interp.record(tiny("qwenimage"), capture=BARE),
+    ):
+        call(tiny("qwenimage"), num_images_per_prompt=2)
+    with pytest.raises(interp.InterpError, match="would be cut"):
+        traced("qwenimage", prompts=[A], options={"max_sequence_length": 4})
+
+
+def test_several_images_of_prompts_of_one_length():
+    pipe = tiny("qwenimage")
+    generators = [torch.Generator().manual_seed(i) for i in range(4)]
+    with interp.record(pipe, capture=BARE) as recording:
+        pipe([A, C], num_images_per_prompt=2, num_inference_steps=2, height=32, width=48, generator=generators,
+             output_type="latent")  # fmt: skip
+    apart = traced("qwenimage", prompts=[A, A, C, C], batch_size=4, seeds=0)
+    assert list(recording.run.samples["prompt"]) == [A, A, C, C]
+    assert recording.run.noise_pred.shape == apart.noise_pred.shape
+
+
+def test_truncated_guidance_evaluates_one_branch():
+    """Z-Image turns guidance off where 1 − t/1000 is above `cfg_truncation`."""
+    run = traced("zimage", steps=4, options={"cfg_truncation": 0.5})
+    off = 1 - run.latents.timestep.values / 1000 > 0.5
+    assert 0 < off.sum() < 4
+    uncond = run.noise_pred.isel(sample=0).sel(branch="uncond")
+    assert [bool(np.isnan(step).all()) for step in uncond.values] == off.tolist()
+    assert run.trajectory.guidance_scale.values[0].tolist() == [1.0 if o else 4.0 for o in off]
+    assert run.nfe.values.tolist() == [[4, 4 - int(off.sum())]]
+
+
+@pytest.mark.parametrize("name", ["flux2", "zimage"])
+def test_one_stream_blocks_hold_what_the_family_says(name):
+    """Text and image within the joined sequence are what went into it."""
+    pipe, joined, given = tiny(name), [], []
+    blocks = pipe.transformer.single_transformer_blocks if name == "flux2" else pipe.transformer.layers
+    before = (
+        (pipe.transformer.transformer_blocks[-1], pipe.transformer.transformer_blocks[-1])
+        if name == "flux2"
+        else (pipe.transformer.context_refiner[-1], pipe.transformer.noise_refiner[-1])
+    )
+    handles = [
+        blocks[0].register_forward_pre_hook(
+            lambda m, a, kw: joined.append(a[0] if a else kw["hidden_states"]), with_kwargs=True
+        ),
+        *(m.register_forward_hook(lambda m, a, out: given.append(out)) for m in dict.fromkeys(before)),
+    ]  # fmt: skip
+    with interp.HookRegistry(pipe) as hooks:
+        hooks.on_attention(hooks.family.attention_sites()[-1], lambda k, c: spans.append(hooks.spans(k, c)))
+        spans = []
+        call(pipe, prompts=[A], steps=1, **OPTIONS[name])
+    for handle in handles:
+        handle.remove()
+    text, image = given[0] if name == "flux2" else (given[1], given[0])
+    length = min(text.shape[1], spans[0].text_keys.stop - spans[0].text_keys.start)
+    assert torch.equal(joined[0][:1, spans[0].text_keys][:, :length], text[:1, :length])
+    assert torch.equal(joined[0][:1, spans[0].image_queries], image[:1, : 8 * 12])
+
+
+@pytest.mark.parametrize("name", ["qwenimage", "zimage", "flux2_klein"])
+def test_maps_of_a_word(name):
+    """A word's columns are found by name, and add up with the rest of the text and the image to one."""
+    everything = interp.Capture(attention="all", heads="all", tokens="all", dtype="float32", image=False)
+    run = traced(name, prompts=[B], steps=1, capture=everything)
+    one = traced(name, prompts=[B], steps=1, capture=everything.changed(tokens=["dog"], attention="cross"))
+    whole, picked = run.attention("8x12"), one.attention("8x12")
+    at = list(whole.token_text.values[0]).index("dog")
+    assert [t for t in picked.token_text.values[0] if t] == ["dog"]
+    assert np.allclose(picked.values[..., 0, :, :], whole.values[..., at, :, :], atol=1e-6)
+    joint = run.tree["self_attention/8x12"]["probs"].sel(layer=whole.layer)
+    total = whole.sum("token") + joint.sum(("key_y", "key_x"))
+    assert np.allclose(total.values, 1, atol=1e-5)
