@@ -51,16 +51,20 @@ def _autoencoder(pipe: Any) -> Any:
     vae = getattr(pipe, "vae", None)
     config = getattr(vae, "config", None)
     known = getattr(config, "scaling_factor", None) is not None or getattr(config, "latents_std", None) is not None
-    if vae is None or not known or hasattr(vae, "bn"):
+    if vae is None or not (known or hasattr(vae, "bn")):
         raise InterpError(
             f"{type(pipe).__name__} has no autoencoder whose latents are understood here (a `vae` with a scaling_factor or "
-            "latents_std in its config), so pictures cannot be encoded or decoded"
+            "latents_std in its config, or a batch norm), so pictures cannot be encoded or decoded"
         )
     return vae
 
 
 def _affine(vae: Any, like: torch.Tensor) -> tuple[Any, Any]:
     """Return shift and scale: the autoencoder's latents are `scale · (the denoiser's) + shift`."""
+    if hasattr(vae, "bn"):  # FLUX.2 normalises patches of 2×2, each position within them for itself
+        std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        mean, std = (_tiled(values.to(like), like.shape[-2:]) for values in (vae.bn.running_mean, std))
+        return mean, std
     scaling, config = getattr(vae.config, "scaling_factor", None) or 1.0, vae.config
     if getattr(config, "latents_mean", None) is None or getattr(config, "latents_std", None) is None:
         return getattr(config, "shift_factor", None) or 0.0, 1 / scaling
@@ -69,6 +73,11 @@ def _affine(vae: Any, like: torch.Tensor) -> tuple[Any, Any]:
         for values in (config.latents_mean, config.latents_std)
     )
     return mean, std / scaling
+
+
+def _tiled(patch: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """Repeat values (channel·2·2) over a picture: (1, channel, y, x)."""
+    return patch.view(1, -1, 2, 2).repeat(1, 1, size[0] // 2, size[1] // 2)
 
 
 def _of_video(vae: Any) -> bool:

@@ -23,8 +23,10 @@ class _Levels:
     whole: bool
     sigma_of: Any
 
-    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, **_: Any) -> None:
-        """Visit the chosen levels, whatever was asked for."""
+    def set_timesteps(
+        self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None, timesteps: Any = None, **_: Any
+    ) -> None:
+        """Visit the chosen levels, whatever was asked for (pipelines look whether they may ask for `sigmas`)."""
         dtype = torch.int64 if self.whole else torch.float32
         self.num_inference_steps = len(self.levels)
         self.timesteps = torch.tensor(self.levels, dtype=torch.float64).to(dtype=dtype, device=device)

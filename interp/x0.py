@@ -10,6 +10,7 @@ import xarray as xr
 from interp.autoencoding import to_pictures
 from interp.capture import Capture
 from interp.errors import InterpError
+from interp.families import Arguments, Family, find_family
 from interp.loading import load
 from interp.stores import Run
 from interp.stores.schema import x0_group
@@ -38,10 +39,11 @@ def write_x0(run: Run, pipe: Any = None, steps: Any = None) -> None:
     if not len(done) or not kept:
         raise InterpError("the run has no finished sample, or no step was chosen, to decode x0 of")
     prediction = str(run.attrs.get("prediction_type", "epsilon"))
+    family, options = find_family(pipe), dict(run.attrs.get("pipeline_options") or {})
 
     def decoded(i: int) -> np.ndarray:
         one = trajectory.isel(sample=i, step=kept)
-        clean = torch.from_numpy(predicted_x0(one, prediction))
+        clean = torch.from_numpy(predicted_x0(one, prediction, guided_prediction(one, family, options)))
         return np.concatenate([to_pictures(pipe, part) for part in clean.split(AT_ONCE)])
 
     def blocks() -> Iterator[tuple[int, dict[str, np.ndarray]]]:
@@ -58,15 +60,15 @@ def write_x0(run: Run, pipe: Any = None, steps: Any = None) -> None:
     run.write_group("x0", group, blocks())
 
 
-def predicted_x0(trajectory: xr.Dataset, prediction: str) -> np.ndarray:
-    """Return the clean latents that one sample's guided predictions imply: float32 (step, channel, y, x).
+def predicted_x0(trajectory: xr.Dataset, prediction: str, guided: np.ndarray) -> np.ndarray:
+    """Return the clean latents that one sample's guided predictions imply: all float32 (step, channel, y, x).
 
     Of x_t = a·x_0 + b·ε: ε-prediction gives (x_t − b·ε)/a, flow x_t − b·v, and v (of x_t scaled to unit variance)
     (a·x_t/n − b·v)/n with n² = a² + b² (Salimans and Ho, arXiv:2202.00512).
     """
     x = trajectory["latents"].values.astype("float64")
     a, b = (trajectory[name].values.astype("float64")[:, None, None, None] for name in ("data_scale", "noise_scale"))
-    out = guided_prediction(trajectory).astype("float64")
+    out = guided.astype("float64")
     if prediction == "sample":
         return out.astype("float32")
     if "flow" in prediction:
@@ -79,12 +81,16 @@ def predicted_x0(trajectory: xr.Dataset, prediction: str) -> np.ndarray:
     return ((x - b * out) / a).astype("float32")
 
 
-def guided_prediction(trajectory: xr.Dataset) -> np.ndarray:
-    """Return what the scheduler was given (step, channel, y, x): u + w·(c − u), or the one branch that was evaluated."""
+def guided_prediction(trajectory: xr.Dataset, family: Family, arguments: Arguments) -> np.ndarray:
+    """Return what the scheduler was given (step, channel, y, x): both branches combined as the pipeline does, or the one
+    that was evaluated."""
     noise = trajectory["noise_pred"]
-    cond, uncond = (noise.sel(branch=b).values.astype("float64") for b in ("cond", "uncond"))
-    scale = trajectory["guidance_scale"].values.astype("float64")[:, None, None, None]
-    both = uncond + scale * (cond - uncond)
+    cond, uncond = (noise.sel(branch=b).values for b in ("cond", "uncond"))
+    combined = [
+        family.combine(torch.from_numpy(u[None]), torch.from_numpy(c[None]), float(scale), arguments)[0]
+        for u, c, scale in zip(uncond, cond, trajectory["guidance_scale"].values, strict=True)
+    ]
+    both = torch.stack(combined).numpy()
     return np.where(np.isnan(cond), uncond, np.where(np.isnan(uncond), cond, both))
 
 

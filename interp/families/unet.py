@@ -48,6 +48,17 @@ class UNetFamily(Family):
         """Guidance is on above 1, unless the scale is an input of the model (LCM-distilled)."""
         return super().guided(arguments) and getattr(self.pipe.unet.config, "time_cond_proj_dim", None) is None
 
+    def combine(
+        self, uncond: torch.Tensor, cond: torch.Tensor, scale: float, arguments: Arguments | None = None
+    ) -> torch.Tensor:
+        """With `guidance_rescale` φ the result is mixed with itself at the deviation of the branch with text (2305.08891)."""
+        guided = super().combine(uncond, cond, scale)
+        mixed = float((arguments or {}).get("guidance_rescale") or 0)
+        if mixed <= 0:
+            return guided
+        wanted, own = (x.std(dim=(1, 2, 3), keepdim=True) for x in (cond, guided))
+        return mixed * guided * (wanted / own) + (1 - mixed) * guided
+
     def applied_guidance(self, arguments: Arguments) -> float:
         """What the pipeline says, which a callback may change between steps."""
         return float(self.pipe.guidance_scale)

@@ -26,7 +26,7 @@ def call(pipe, prompts=(A, B), steps=2, **more):
 def traced(name, interventions=(), prompts=(A,), steps=2, capture=BARE, pipe=None, **more):
     return interp.trace(
         pipe or tiny(name), list(prompts), steps=steps, height=32, width=48, guidance_scale=3.0, capture=capture,
-        interventions=list(interventions), progress=False, **{"options": OPTIONS[name], "batch_size": 1, **more},
+        interventions=list(interventions), progress=False, **{"options": OPTIONS.get(name, {}), "batch_size": 1, **more},
     )  # fmt: skip
 
 
@@ -180,3 +180,47 @@ def test_maps_of_a_word(name):
     joint = run.tree["self_attention/8x12"]["probs"].sel(layer=whole.layer)
     total = whole.sum("token") + joint.sum(("key_y", "key_x"))
     assert np.allclose(total.values, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux2", "qwenimage", "zimage", "sd1"])
+def test_predicted_pictures_come_from_what_the_scheduler_was_given(name):
+    """x̂0 of the first step, from the scheduler's own model output, whose norm the pipeline may have changed."""
+    from interp.autoencoding import to_pictures
+
+    pipe, seen = tiny(name), []
+    options = {"sd1": {"guidance_rescale": 0.7}, "zimage": {"cfg_normalization": 1.0}}.get(name, OPTIONS.get(name, {}))
+    with interp.HookRegistry(pipe) as hooks:
+        hooks.on_step(lambda end: seen.append((end.latents, end.model_output)))
+        run = traced(name, capture=interp.Capture(attention=None), options=options)
+    interp.score(run, "x0", pipe=pipe, steps=[0])
+    latents, output = seen[0]
+    a, b = (float(run.trajectory[n].values[0]) for n in ("data_scale", "noise_scale"))
+    want = to_pictures(pipe, (latents - b * output) / a if name == "sd1" else latents - b * output)
+    assert np.abs(run.x0.values[:, 0].astype(int) - want).max() <= 1
+    own = to_pictures(pipe, torch.from_numpy(run.final_latents.values))
+    assert np.abs(own.astype(int) - run.images.values).max() <= 1
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "flux"])
+def test_real_pictures_enter(name):
+    """The denoiser receives the noised picture: what the pipeline would make of these latents."""
+    pipe, seen = tiny(name), []
+    picture = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda m, a, kw: seen.append(kw["x"][0] if "x" in kw else kw["hidden_states"]), with_kwargs=True
+    )
+    run = interp.encode_image(
+        pipe, picture, [600.0, 300.0], prompt=A, options=OPTIONS.get(name, {"max_sequence_length": 24}), capture=BARE
+    )
+    handle.remove()
+    family = find_family(pipe)
+    latents = torch.from_numpy(run.latents.values[0])
+    for step, got in enumerate(seen):
+        want = latents[step] if name == "zimage" else family.pack(latents[step][None])
+        torch.testing.assert_close(got.reshape(want.shape), want)
+    clean = torch.from_numpy(run.final_latents.values)
+    assert np.isfinite(clean).all() and run.latents.timestep.values.tolist() == [600.0, 300.0]
+    noise = (latents - (1 - torch.tensor([0.6, 0.3]).view(2, 1, 1, 1)) * clean) / torch.tensor([0.6, 0.3]).view(
+        2, 1, 1, 1
+    )
+    torch.testing.assert_close(noise[0], noise[1], atol=1e-4, rtol=1e-4)
