@@ -34,6 +34,14 @@ class Tokens:
         eos = role.index("eos") if "eos" in role else len(role)
         return Tokens(self.ids[positions], self.text[positions], role, self.word[positions], self.words, eos)
 
+    def lengthened(self, length: int) -> "Tokens":
+        """Return the tokens with positions behind them that hold none (role "")."""
+        more = length - len(self.ids)
+        return Tokens(
+            [*self.ids, *[-1] * more], [*self.text, *[""] * more], [*self.role, *[""] * more], [*self.word, *[-1] * more],
+            self.words, self.eos,
+        )  # fmt: skip
+
 
 def join(first: Tokens, *others: Tokens) -> Tokens:
     """Put the tokens of several encoders after each other; a word is one word in all of them."""

@@ -109,6 +109,8 @@ class Family(ABC):
     """Guidance calls the denoiser once per branch; otherwise branches are rows of one call."""
     shared: ClassVar[frozenset[str]] = frozenset()
     """Denoiser arguments that all rows share (rotary tables and the like): dropping a branch leaves them alone."""
+    ragged: ClassVar[bool] = False
+    """Prompts have as many text states as tokens, unlike each other."""
     fallback: ClassVar[bool] = False
     """Chosen only if no other family matches."""
     guidance_argument: ClassVar[str] = "guidance_scale"
@@ -368,9 +370,9 @@ class Family(ABC):
     def text_inputs(self, kwargs: Mapping[str, Any]) -> EncodedPrompt:
         """Read the text states out of a denoiser call's keyword arguments (all rows)."""
 
-    def side_by_side(self, text: EncodedPrompt, other: EncodedPrompt) -> tuple[EncodedPrompt, EncodedPrompt]:
-        """Return the states of two lots of prompts with room for each to be put behind the other's, where lengths differ."""
-        return text, other
+    def widened(self, text: EncodedPrompt, width: int) -> EncodedPrompt:
+        """Return the text states with room for `width` tokens, where prompts have as many states as tokens."""
+        return text
 
     @abstractmethod
     def with_text(self, kwargs: Mapping[str, Any], text: EncodedPrompt) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from interp.errors import InterpError
 from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt
 from interp.families.packing import PackedFamily, pack, unpack
-from interp.families.ragged import side_by_side, trimmed, with_gaps
+from interp.families.ragged import lengthened, trimmed, with_gaps
 from interp.tokens import Tokens, tokenize
 
 
@@ -24,6 +24,7 @@ class QwenImageFamily(PackedFamily):
     """
 
     name = "qwenimage"
+    ragged: ClassVar[bool] = True
     sequential: ClassVar[bool] = True
     guidance_argument: ClassVar[str] = "true_cfg_scale"
 
@@ -137,9 +138,9 @@ class QwenImageFamily(PackedFamily):
         """The states; a mask where prompts differ in length."""
         return with_gaps(kwargs["encoder_hidden_states"], kwargs.get("encoder_hidden_states_mask"))
 
-    def side_by_side(self, text: EncodedPrompt, other: EncodedPrompt) -> tuple[EncodedPrompt, EncodedPrompt]:
-        """Prompts differ in length."""
-        return side_by_side(text, other)
+    def widened(self, text: EncodedPrompt, width: int) -> EncodedPrompt:
+        """Gaps at the end."""
+        return lengthened(text, width)
 
     def with_text(self, kwargs: Mapping[str, Any], text: EncodedPrompt) -> dict[str, Any]:
         """Exchange the states and the mask, which the pipeline leaves out where all prompts are of one length."""

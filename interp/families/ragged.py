@@ -29,17 +29,10 @@ def apart(text: EncodedPrompt) -> list[torch.Tensor]:
 
 
 def lengthened(text: EncodedPrompt, length: int) -> EncodedPrompt:
-    """Return the states with gaps at the end, up to so many positions."""
-    assert text.mask is not None
-    more = length - text.embeddings.shape[1]
-    pad = torch.nn.functional.pad
-    return EncodedPrompt(pad(text.embeddings, (0, 0, 0, more), value=float("nan")), mask=pad(text.mask, (0, more)))
-
-
-def side_by_side(text: EncodedPrompt, other: EncodedPrompt) -> tuple[EncodedPrompt, EncodedPrompt]:
-    """Return the states of two lots of prompts, both as long as both together."""
-    length = text.embeddings.shape[1] + other.embeddings.shape[1]
-    return lengthened(text, length), lengthened(other, length)
+    """Return the states with gaps at the end, up to so many positions at least."""
+    more, pad = max(0, length - text.embeddings.shape[1]), torch.nn.functional.pad
+    mask = None if text.mask is None else pad(text.mask, (0, more))
+    return EncodedPrompt(pad(text.embeddings, (0, 0, 0, more), value=float("nan")), mask=mask)
 
 
 def trimmed(text: EncodedPrompt) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -13,7 +13,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_de
 from interp.branches import keep_rows, stack_rows
 from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family, Pass, Spans
 from interp.families.chat import around
-from interp.families.ragged import apart, side_by_side, stacked
+from interp.families.ragged import apart, lengthened, stacked
 from interp.tokens import Tokens, tokenize
 
 
@@ -25,6 +25,7 @@ class ZImageFamily(Family):
     """
 
     name = "zimage"
+    ragged: ClassVar[bool] = True
 
     @staticmethod
     def matches(pipe: Any) -> bool:
@@ -214,9 +215,9 @@ class ZImageFamily(Family):
         """The states before they are padded."""
         return stacked(list(kwargs["cap_feats"]))
 
-    def side_by_side(self, text: EncodedPrompt, other: EncodedPrompt) -> tuple[EncodedPrompt, EncodedPrompt]:
-        """Prompts differ in length."""
-        return side_by_side(text, other)
+    def widened(self, text: EncodedPrompt, width: int) -> EncodedPrompt:
+        """Gaps at the end."""
+        return lengthened(text, width)
 
     def with_text(self, kwargs: Mapping[str, Any], text: EncodedPrompt) -> dict[str, Any]:
         """Exchange the states."""

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from interp.branches import split_rows
@@ -121,23 +122,25 @@ class TextChange(Intervention):
                 layered.end()
             if call.step not in steps or "cond" not in call.branches:
                 return
-            text = family.text_inputs(call.kwargs)
+            text = family.widened(family.text_inputs(call.kwargs), exchange.source.shape[1])
             rows = _Rows(call.branches)
             own = EncodedPrompt(
                 rows.cond(text.embeddings),
                 None if text.pooled is None else rows.cond(text.pooled),
                 None if text.mask is None else rows.cond(text.mask),
             )
-            other = exchange.other(own)
+            length = own.embeddings.shape[1]
+            other = family.widened(exchange.other(own), length)
+            source = F.pad(exchange.source, (0, length - exchange.source.shape[1]), value=-1)
             pooled = text.pooled
             if pooled is not None and other.pooled is not None and self.pooled != "keep":
                 pooled = rows.put(pooled, other.pooled.to(pooled))
             new = EncodedPrompt(text.embeddings, pooled, text.mask)
             if self.pooled != "only":
-                states = rows.put(text.embeddings, taken(own.embeddings, other.embeddings, exchange.source))
+                states = rows.put(text.embeddings, taken(own.embeddings, other.embeddings, source))
                 mask = text.mask
                 if mask is not None and own.mask is not None and other.mask is not None:
-                    mask = rows.put(mask, taken(own.mask, other.mask, exchange.source))
+                    mask = rows.put(mask, taken(own.mask, other.mask, source))
                 if layered is None:
                     new = EncodedPrompt(states, pooled, mask)
                 else:
@@ -235,7 +238,7 @@ class OtherPrompt(TextChange):
         super().check_model(family, prompts, arguments)
         for mine, row in prompts:
             other = family.tokenize(fill(self.prompt, row), arguments)
-            if len(other.ids) != len(mine.ids):
+            if len(other.ids) != len(mine.ids) and not family.ragged:
                 raise InterpError(
                     f"{self!r}: the other prompt has {len(other.ids)} text positions and this one {len(mine.ids)}; with "
                     f"{type(family.pipe).__name__} both must have the same number of tokens"
@@ -245,9 +248,13 @@ class OtherPrompt(TextChange):
         """Encode the other prompts, once for the batch."""
         prompts = [fill(self.prompt, row) for row in batch.rows]
         others = [family.tokenize(p, batch.arguments) for p in prompts]
-        encoded = family.encode(prompts, batch.arguments)
+        tokens = batch.tokens
+        if family.ragged:  # behind each prompt there is room for the other's end
+            room = max(len(t.ids) for t in tokens) + max(len(t.ids) for t in others)
+            tokens, others = ([t.lengthened(room) for t in some] for some in (tokens, others))
+        encoded = family.widened(family.encode(prompts, batch.arguments), len(tokens[0].ids))
         found = []
-        for mine, other in zip(batch.tokens, others, strict=True):
+        for mine, other in zip(tokens, others, strict=True):
             source = [-1] * len(mine.ids)
             for where in positions(family, batch.arguments, len(mine.ids)).values():
                 part = slice(where.start, where.stop)

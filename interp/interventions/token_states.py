@@ -157,10 +157,12 @@ class ReplaceTokens(TextChange):
     def exchange(self, family: Family, batch: Batch) -> Exchange:
         """Where each token's state comes from: the own states, another prompt's, zeros or noise."""
         empty = family.tokenize("", batch.arguments)
-        source = torch.tensor([
+        found = [
             [-1] * len(tokens.ids) if self.pooled == "only" else self._sources(family, tokens, row, empty, batch.arguments)
             for tokens, row in zip(batch.tokens, batch.rows, strict=True)
-        ])  # fmt: skip
+        ]  # fmt: skip
+        width = max(map(len, found))
+        source = torch.tensor([[*one, *[-1] * (width - len(one))] for one in found])
         if self.value in ("pad", "prompt"):
             texts = ["" if self.prompt is None else fill(self.prompt, row) for row in batch.rows]
             encoded = family.encode(texts, batch.arguments)
@@ -273,8 +275,10 @@ class _Noise:
 
 def _deviation(states: torch.Tensor) -> torch.Tensor:
     """Standard deviation of (sample, token, feature) over tokens and features in use, 0 for features that are not."""
+    there = ~states.isnan().any(2, keepdim=True)  # not so behind the end of a shorter prompt
+    states = states.nan_to_num()
     used = (states != 0).any(1, keepdim=True)
-    number = used.sum((1, 2), keepdim=True).clamp(min=1) * states.shape[1]
+    number = used.sum((1, 2), keepdim=True).clamp(min=1) * there.sum(1, keepdim=True)
     mean = states.sum((1, 2), keepdim=True) / number
-    variance = ((states - mean) ** 2 * used).sum((1, 2), keepdim=True) / number
+    variance = ((states - mean) ** 2 * used * there).sum((1, 2), keepdim=True) / number
     return variance.sqrt() * used

@@ -98,6 +98,30 @@ def test_eos_is_what_ends_the_turn(name, align):
     assert got.shape == want.shape and torch.equal(got, want)
 
 
+@pytest.mark.parametrize("name", ["qwenimage", "zimage"])
+def test_replacing_tokens_in_a_batch_of_different_lengths(name):
+    """Each prompt's own words; noise has the deviation of the states that are there."""
+    pipe, seen = tiny(name), []
+    family = find_family(pipe)
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda m, a, kw: seen.append(family.text_inputs(kw).embeddings[:2].clone()), with_kwargs=True
+    )
+    for value in ("zero", "random"):
+        change = interp.ReplaceTokens(roles="word", value=value)
+        traced(name, [change], prompts=[A, B], batch_size=2, steps=1)
+    handle.remove()
+    zero, noise = seen[0], seen[2 if name == "qwenimage" else 1]  # Qwen-Image calls once a branch
+    own = family.encode([A, B]).embeddings
+    for row, prompt in enumerate((A, B)):
+        role = family.tokenize(prompt).role
+        words = torch.tensor([i for i, r in enumerate(role) if r == "word"])
+        others = torch.tensor([i for i, r in enumerate(role) if r in ("template", "eos")])
+        assert (zero[row, words] == 0).all()
+        assert torch.equal(zero[row, others], own[row, others]) and torch.equal(noise[row, others], own[row, others])
+        there = own[row][~own[row].isnan().any(-1)]
+        assert 0.7 < float(noise[row, words].std() / there.std()) < 1.3
+
+
 def test_what_cannot_be_done_is_refused():
     with pytest.raises(interp.InterpError, match="no end-of-text token"):
         traced("flux2", [interp.ReplaceEOS(B)])
