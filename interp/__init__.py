@@ -23,6 +23,10 @@ _HOME = {
     "At": "interp.hooks",
     "score": "interp.scoring",
     "Intervention": "interp.interventions",
+    "Ablate": "interp.interventions",
+    "AddNoise": "interp.interventions",
+    "Patch": "interp.interventions",
+    "Steer": "interp.interventions",
     "Edit": "interp.interventions",
     "NNsightEdit": "interp.interventions",
     "RemoveText": "interp.interventions",
@@ -36,6 +40,8 @@ _HOME = {
 }
 
 __all__ = [
+    "Ablate",
+    "AddNoise",
     "At",
     "Capture",
     "Edit",
@@ -43,6 +49,7 @@ __all__ = [
     "InterpError",
     "Intervention",
     "NNsightEdit",
+    "Patch",
     "Plan",
     "RemoveGuidance",
     "RemoveText",
@@ -50,6 +57,7 @@ __all__ = [
     "ReplacePrompt",
     "ReplaceTokens",
     "Run",
+    "Steer",
     "__version__",
     "encode_image",
     "load",
@@ -70,14 +78,18 @@ if TYPE_CHECKING:
     from interp.errors import InterpError as InterpError
     from interp.hooks import At as At
     from interp.hooks import HookRegistry as HookRegistry
+    from interp.interventions import Ablate as Ablate
+    from interp.interventions import AddNoise as AddNoise
     from interp.interventions import Edit as Edit
     from interp.interventions import Intervention as Intervention
     from interp.interventions import NNsightEdit as NNsightEdit
+    from interp.interventions import Patch as Patch
     from interp.interventions import RemoveGuidance as RemoveGuidance
     from interp.interventions import RemoveText as RemoveText
     from interp.interventions import ReplaceEOS as ReplaceEOS
     from interp.interventions import ReplacePrompt as ReplacePrompt
     from interp.interventions import ReplaceTokens as ReplaceTokens
+    from interp.interventions import Steer as Steer
     from interp.loading import load as load
     from interp.planning import Plan as Plan
     from interp.planning import plan as plan

@@ -125,7 +125,7 @@ budget, mantissa
         if isinstance(self.steps, float) and not 0 < self.steps <= 1:
             raise InterpError(f"Capture(steps={self.steps}): a share of the steps lies in (0, 1]")
         if self.region is not None:
-            _check_region(self.region)
+            check_region(self.region, "Capture")
 
     def __repr__(self) -> str:
         changed = [(f.name, getattr(self, f.name)) for f in fields(self) if not self._is_default(f.name)]
@@ -232,11 +232,12 @@ budget, mantissa
         return rows, columns
 
 
-def _check_region(region: Any) -> None:
+def check_region(region: Any, owner: str) -> None:
+    """Raise InterpError, naming its owner, unless this is (top, left, bottom, right) in fractions of the picture."""
     whole = isinstance(region, tuple) and len(region) == 4 and all(isinstance(v, Real) for v in region)
     if not whole or not (0 <= region[0] < region[2] <= 1 and 0 <= region[1] < region[3] <= 1):
         raise InterpError(
-            f"Capture(region={region!r}): give (top, left, bottom, right) in fractions of the picture, e.g. "
+            f"{owner}(region={region!r}): give (top, left, bottom, right) in fractions of the picture, e.g. "
             "(0, 0, 0.5, 1) for its upper half"
         )
 

@@ -128,7 +128,7 @@ def _site(
     dims = _dims(one.quantity, first, kinds.get(path, ""))
     if dims is None:
         raise InterpError(f"{site!r} has shape {first}, which has no labels; read it with interp.HookRegistry")
-    return _cropped(capture, SiteCapture(site, dims, first, _grid(dims, first, path, grids)))
+    return _cropped(capture, SiteCapture(site, dims, first, grid_of(dims, first, path, grids)))
 
 
 def _dims(quantity: str, shape: tuple[int, ...], kind: str) -> tuple[str, ...] | None:
@@ -138,7 +138,7 @@ def _dims(quantity: str, shape: tuple[int, ...], kind: str) -> tuple[str, ...] |
     return {1: ("feature",), 2: ("position", "feature"), 3: ("channel", "y", "x")}.get(len(shape))
 
 
-def _grid(
+def grid_of(
     dims: tuple[str, ...], shape: tuple[int, ...], path: str, grids: dict[str, tuple[int, int]]
 ) -> tuple[int, int] | None:
     """The grid that a site's positions are a picture of: that of the attention within it, or of as many positions."""

@@ -15,7 +15,7 @@ from interp.capture import Capture
 from interp.errors import InterpError
 from interp.families import find_family
 from interp.hooks import DenoiserCall, HookRegistry
-from interp.interventions import Batch, Intervention, attach_all
+from interp.interventions import Intervention, attach_all
 from interp.levels import noise_levels
 from interp.loading import load
 from interp.planning import Conditions, Plan, plan
@@ -128,11 +128,7 @@ def _run_batch(
 
     with HookRegistry(pipe) as hooks:
         changes = planned.conditions[columns["condition"][batch[0]]]
-        rows = Batch(
-            planned.rows(batch), [planned.tokens[i] for i in batch], planned.timeline, planned.guidance_scale,
-            planned.arguments, [columns["seed"][i] for i in batch],
-        )  # fmt: skip
-        attach_all(changes, hooks, rows)
+        attach_all(changes, hooks, planned.batch(batch))
         hooks.on_call(evaluate)
         recorder = Recorder(hooks, writer, planned, batch, waiting)
         recorder.begin()

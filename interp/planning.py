@@ -17,7 +17,7 @@ from interp.clock import Timeline, timeline
 from interp.costs import planned_bytes
 from interp.errors import InterpError, nearest
 from interp.families import Arguments, Family, find_family
-from interp.interventions import Intervention, check_all
+from interp.interventions import Batch, Intervention, check_all
 from interp.layouts import run_attrs, run_groups
 from interp.loading import origin
 from interp.prompts import PromptTable, prompt_table
@@ -89,6 +89,14 @@ class Plan:
         """Return the samples' rows of the prompt table."""
         return self.prompts.rows([self.layout.samples["prompt_id"][i] for i in samples])
 
+    def batch(self, samples: Sequence[int]) -> Batch:
+        """Return what interventions may know of some samples that run together."""
+        columns = self.layout.samples
+        return Batch(
+            self.rows(samples), [self.tokens[i] for i in samples], self.timeline, self.guidance_scale, self.arguments,
+            [columns["seed"][i] for i in samples], [columns["prompt_id"][i] for i in samples],
+        )  # fmt: skip
+
     def __str__(self) -> str:
         total = self.bytes
         per = total / max(1, len(self))
@@ -158,10 +166,14 @@ def plan(
     for change in (c for changes in named.values() for c in changes):
         change.check_model(family, prompts, arguments)
     samples, batches = _samples(table, named, seed_list, _batch_size(pipe, batch_size))
-    return assemble(
+    made = assemble(
         pipe, capture=capture, table=table, samples=samples, batches=batches, conditions=named, steps=steps,
         guidance=guidance, height=high, width=wide, arguments=arguments, options=options,
     )  # fmt: skip
+    for batch in batches:
+        for change in named[samples["condition"][batch[0]]]:
+            change.check_batch(family, made.batch(batch))
+    return made
 
 
 def run_call(

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from interp.families import Arguments, Family
 from interp.hooks import At, HookRegistry
 
-_KNOWN: WeakKeyDictionary[torch.nn.Module, dict[tuple, dict[str, tuple[int, ...]]]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[torch.nn.Module, dict[tuple, dict[str, tuple[int, ...] | None]]] = WeakKeyDictionary()
 
 
 def site_shapes(family: Family, sites: Sequence[str], arguments: Arguments) -> dict[str, tuple[int, ...]]:
@@ -17,12 +17,14 @@ def site_shapes(family: Family, sites: Sequence[str], arguments: Arguments) -> d
     denoiser = family.denoiser
     known = _KNOWN.setdefault(denoiser, {})
     shape = (*family.latent_shape(arguments), family.text_length(arguments))
-    key = (*shape, *sites, *(id(m) for m in denoiser.modules()))  # LoRA and the like exchange modules
-    if key not in known:
-        if len(known) > 8:
-            known.clear()
-        known[key] = _met(family, sites, arguments)
-    return dict(known[key])
+    key = (*shape, *(id(m) for m in denoiser.modules()))  # LoRA and the like exchange modules
+    if key not in known and len(known) > 8:
+        known.clear()
+    met = known.setdefault(key, {})
+    new = [site for site in sites if site not in met]
+    if new:
+        met |= {**dict.fromkeys(new), **_met(family, new, arguments)}
+    return {site: there for site in sites if (there := met[site]) is not None}
 
 
 def _met(family: Family, sites: Sequence[str], arguments: Arguments) -> dict[str, tuple[int, ...]]:

@@ -54,6 +54,31 @@ def choose_tokens(
     return TokenSelection(positions, sums, label_columns(list(cond), list(uncond), positions, sums))
 
 
+def find_tokens(wanted: Sequence[Item], tokens: Tokens, row: Mapping[str, Any], asker: str) -> list[int]:
+    """Return the positions of one prompt's tokens that are chosen by number, role (padding too), word or phrase.
+
+    Raises:
+        InterpError: a position is outside the text, or the prompt has no such word; `asker` begins the sentence.
+    """
+    found: set[int] = set()
+    for item in wanted:
+        if not isinstance(item, str):
+            some = [item] if 0 <= item < len(tokens.ids) else []
+        elif item in ROLES:
+            some = [p for p, role in enumerate(tokens.role) if role == item]
+        else:
+            some = _words(item, tokens, row)
+        if not some and item not in ROLES:
+            what = f"{fill(item, row)!r}" if isinstance(item, str) else f"position {item}"
+            raise InterpError(
+                f"{asker}: {what} is not in the prompt {str(row.get('prompt'))!r}"
+                f"{nearest(str(item), [*tokens.words, *ROLES])}; it has the words {sentence_list(tokens.words)} at "
+                f"positions within 0–{len(tokens.ids) - 1}"
+            )
+        found |= {*some}
+    return sorted(found)
+
+
 def _positions(wanted: Sequence[Item], tokens: Tokens, row: Mapping[str, Any]) -> list[int]:
     length, found = len(tokens.ids), set()
     for item in wanted:

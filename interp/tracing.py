@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from interp.capture import Capture
 from interp.families import find_family
 from interp.hooks import HookRegistry
-from interp.interventions import Batch, Intervention, attach_all
+from interp.interventions import Intervention, attach_all
 from interp.loading import load
 from interp.planning import Conditions, Plan, plan
 from interp.recorder import Recorder, pictures
@@ -132,11 +132,7 @@ def run_batch(
     columns = planned.layout.samples
     changes = planned.conditions[columns["condition"][batch[0]]]
     with HookRegistry(pipe) as hooks:
-        context = Batch(
-            planned.rows(batch), [planned.tokens[i] for i in batch], planned.timeline, planned.guidance_scale,
-            planned.arguments, [columns["seed"][i] for i in batch],
-        )  # fmt: skip
-        attach_all(changes, hooks, context)
+        attach_all(changes, hooks, planned.batch(batch))
         recorder = Recorder(hooks, writer, planned, batch, waiting, places)
         recorder.begin()
         output = pipe(**call_arguments(pipe, planned, batch))

@@ -1,22 +1,29 @@
 """Interventions: changes of a sampling run, listed in the call, written into the run, undone afterwards."""
 
+from interp.interventions.activations import Ablate, AddNoise, Patch, Steer
 from interp.interventions.base import Batch, Intervention, attach_all, check_all, from_spec
 from interp.interventions.functions import Edit, NNsightEdit
 from interp.interventions.guidance import RemoveGuidance, RemoveText
 from interp.interventions.text import ReplaceEOS, ReplacePrompt
 from interp.interventions.token_states import ReplaceTokens
+from interp.interventions.vectors import steering_vector
 
 __all__ = [
+    "Ablate",
+    "AddNoise",
     "Batch",
     "Edit",
     "Intervention",
     "NNsightEdit",
+    "Patch",
     "RemoveGuidance",
     "RemoveText",
     "ReplaceEOS",
     "ReplacePrompt",
     "ReplaceTokens",
+    "Steer",
     "attach_all",
     "check_all",
     "from_spec",
+    "steering_vector",
 ]

@@ -22,7 +22,8 @@ class Batch:
     """What an intervention may know of the samples that run together.
 
     rows: the samples' rows of the prompt table; tokens: their prompts, tokenised; timeline: the noise levels of the
-    run; guidance_scale: as asked for; arguments: of the pipeline's call, defaults filled in; seeds: the samples' own.
+    run; guidance_scale: as asked for; arguments: of the pipeline's call, defaults filled in; seeds: the samples' own;
+    prompt_ids: the numbers of their rows in the prompt table.
     """
 
     rows: list[dict[str, Any]]
@@ -31,6 +32,7 @@ class Batch:
     guidance_scale: float
     arguments: Mapping[str, Any] = field(default_factory=dict)
     seeds: Sequence[int] = ()
+    prompt_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,12 @@ class Intervention:
         """Raise InterpError if this pipeline or one of the prompts cannot carry it; called before anything runs.
 
         prompts: tokenised, each with its row of the prompt table; arguments: of the pipeline's call.
+        """
+
+    def check_batch(self, family: Family, batch: Batch) -> None:
+        """Raise InterpError if the model, or samples that will run together, lack what the intervention names.
+
+        Called for every batch, before anything runs.
         """
 
     def attach(self, hooks: HookRegistry, batch: Batch) -> None:

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from interp.catalog import match_sites
 from interp.errors import InterpError
+from interp.families import Family
 from interp.hooks import At, HookRegistry, SiteFunction
 from interp.interventions.base import Batch, Intervention
 
@@ -38,11 +40,23 @@ class Edit(Intervention):
         if not callable(self.fn) or not isinstance(self.site, str):
             raise InterpError(f"{self!r}: give a function of (tensor, at), and a site, e.g. 'unet.mid_block:out'")
 
+    def check_batch(self, family: Family, batch: Batch) -> None:
+        """The site must exist; a text encoder's is met once, whatever the window."""
+        partial = len(self.steps(batch.timeline)) not in (0, len(batch.timeline))
+        for site in match_sites(family, self.site):
+            if partial and site.partition(".")[0].partition(":")[0] in family.text_encoders:
+                raise InterpError(
+                    f"{self!r}: a text encoder runs once, before the first step, so a window has no meaning at {site!r}"
+                )
+
     def attach(self, hooks: HookRegistry, batch: Batch) -> None:
         """Write at the site in the steps of the window."""
         steps = self.steps(batch.timeline)
+        whole = len(steps) == len(batch.timeline)
 
         def write(tensor: torch.Tensor, at: At) -> torch.Tensor | None:
+            if at.step < 0:  # a text encoder, before the first step; not when it encodes another intervention's prompt
+                return self.fn(tensor, at) if whole and hooks.arguments is not None else None
             return self.fn(tensor, at) if at.step in steps else None
 
         hooks.write(self.site, write)

@@ -1,0 +1,366 @@
+"""Changing activations at a site: put others in their place, add a vector or noise, take them out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+from zlib import crc32
+
+import numpy as np
+import torch
+
+from interp.errors import InterpError, nearest
+from interp.hooks import At, HookRegistry
+from interp.interventions.places import BRANCHES, AtSite, Change, Place
+from interp.interventions.sources import BATCH, Choice, Stored, described, kept_source, opened
+from interp.interventions.vectors import Vector, kept_vector, read_vector
+from interp.stores import Run
+
+
+class _FromRun(AtSite):
+    """What `Patch` and `Ablate` share: activations of a stored run."""
+
+    source: str | Run | None
+    condition: str | None
+    source_step: int | None
+
+    def _choice(self) -> Choice:
+        return Choice(self.condition)
+
+    def _stored(self, place: Place, positions: Sequence[int]) -> Stored:
+        assert self.source is not None
+        return Stored(opened(self.source), place.site, positions, self.source_step)
+
+    def _check_stored(self, place: Place, positions: Sequence[int]) -> None:
+        try:
+            steps = sorted(self.steps(place.batch.timeline))
+            self._stored(place, positions).check(place.shape or (), BRANCHES[self.branch], steps, place.batch)
+        except InterpError as error:
+            raise InterpError(f"{self._named()}: {error}") from error
+
+    def _named(self) -> str:
+        return f"{type(self).__name__} from {described(self.source or '')}"
+
+    def spec(self) -> dict[str, Any]:
+        """Name and fields; a source that lives in memory cannot be rebuilt."""
+        if self.source is None or isinstance(self.source, str):
+            return super().spec()
+        values = {f: getattr(self, f) for f in type(self).__dataclass_fields__ if f not in self.window()}
+        return self.written(
+            {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} | {"source": self._named()}
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class Patch(_FromRun):
+    """Put another sample's activation in place of what passes at a site (activation patching, causal tracing).
+
+    Args:
+        source: A run or its path, whose capture holds the site (`Capture(sites=(site,))`); or `"batch"`: a live sample
+            of the same batch.
+        site: A site or glob `path:in` or `path:out`, see `interp.sites`. In a text encoder, whose states a run does
+            not hold, the state that the source's prompt has there is computed again.
+        condition: Whose samples are taken; default is the only one, or `baseline`.
+        row: Row of the prompt table whose sample is taken; `"{column}"` names a column that holds it. Default is the
+            sample's own row. The seed is always the sample's own.
+        sample: Number of the one sample that is taken for all, instead.
+        source_step: The step to take; default is the step that is being computed.
+        branch, tokens, region, channels: The part that is changed; the same part is taken. See `AtSite`.
+        start, stop, unit: The window of steps.
+
+    A run keeps the first evaluation of each step, so further ones (Heun) are left as they are. A patch from the same
+    sample changes nothing, to the last bit. Source: Meng et al., arXiv:2202.05262; for diffusion Basu et al.,
+    arXiv:2310.13730.
+
+    >>> Patch("clean.zarr", "unet.mid_block:out", stop=0.4)
+    Patch(stop=0.4, source='clean.zarr', site='unet.mid_block:out')
+    """
+
+    source: str | Run
+    site: str
+    condition: str | None = None
+    row: int | str | None = None
+    sample: int | None = None
+    source_step: int | None = None
+
+    name: ClassVar[str] = "patch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "source", kept_source(self.source, type(self).__name__))
+        if self.sample is not None and (self.row is not None or self.condition is not None):
+            raise InterpError(f"{self!r}: a sample number says all; leave out row and condition")
+
+    def _choice(self) -> Choice:
+        return Choice(self.condition, self.row, self.sample)
+
+    def check_place(self, place: Place) -> None:
+        """The source must hold the site, and a sample for each of the batch's."""
+        if self.source == BATCH:
+            if self.source_step is not None:
+                raise InterpError(f"{self!r}: a live sample is at the same step; leave out source_step")
+            self._rows(place)
+        elif place.of_text_encoder:
+            self._prompts(place)
+        else:
+            self._check_stored(place, self._positions(place))
+
+    def change(self, hooks: HookRegistry, place: Place) -> Change:
+        """The other sample's tensor, whole."""
+        if self.source == BATCH:
+            rows = self._rows(place)
+            return lambda tensor, at, branch: tensor[rows]
+        if place.of_text_encoder:
+            return self._encoded(hooks, place)
+        stored = self._stored(place, self._positions(place))
+        return lambda tensor, at, branch: None if at.evaluation else stored.read(at.step, branch).to(tensor)
+
+    def _rows(self, place: Place) -> list[int]:
+        try:
+            return self._choice().within(place.batch)
+        except InterpError as error:
+            raise InterpError(f"{self!r}: {error}") from error
+
+    def _positions(self, place: Place) -> list[int]:
+        assert self.source is not None
+        try:
+            return self._choice().positions(opened(self.source), place.batch)
+        except InterpError as error:
+            raise InterpError(f"{self._named()}: {error}") from error
+
+    def _prompts(self, place: Place) -> list[str]:
+        """The source samples' prompts, whose states are computed again: so the source must not have changed them."""
+        if self.branch != "cond":
+            raise InterpError(
+                f"{self!r}: at a text encoder's site a prompt's states are put back, so branch must be 'cond'"
+            )
+        table, positions = opened(self.source).samples, self._positions(place)
+        changed = dict(opened(self.source).attrs.get("conditions") or {})
+        for condition in dict.fromkeys(table["condition"].iloc[positions]):
+            if changed.get(condition):
+                raise InterpError(
+                    f"{self._named()}: its condition {condition!r} is changed, and the states of a text encoder are not stored "
+                    "but computed again from the prompt; name an unchanged condition"
+                )
+        return [str(p) for p in table["prompt"].iloc[positions]]
+
+    def _encoded(self, hooks: HookRegistry, place: Place) -> Change:
+        caught: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor, at: At) -> None:
+            if hooks.arguments is None:
+                caught.append(tensor.clone())
+
+        hooks.read(place.site, keep)
+        hooks.family.encode(self._prompts(place), place.batch.arguments)
+        if len(caught) != 1:
+            raise InterpError(
+                f"{self!r}: {place.site!r} ran {len(caught)} times while a prompt was encoded, where one was expected"
+            )
+        return lambda tensor, at, branch: caught[0]
+
+
+@dataclass(frozen=True, repr=False)
+class Ablate(_FromRun):
+    """Take out what passes at a site: zeros, or a mean in its place.
+
+    Args:
+        site: A site or glob `path:in` or `path:out`.
+        value: `"zero"`; or `"mean"`: without `source` each sample's own mean over positions (of the picture, or of the
+            text), channel by channel; with `source` the mean over the samples of a stored run that captured the
+            site, position by position (mean ablation).
+        source: That run or its path.
+        condition: Whose samples are averaged; default is the only one, or `baseline`.
+        source_step: The step to take; default is the step that is being computed.
+        branch, tokens, region, channels: The part that is changed; see `AtSite`.
+        start, stop, unit: The window of steps.
+
+    >>> Ablate("unet.mid_block.attentions.0:out", start=0.5)
+    Ablate(start=0.5, site='unet.mid_block.attentions.0:out')
+    """
+
+    site: str
+    value: Literal["zero", "mean"] = "zero"
+    source: str | Run | None = None
+    condition: str | None = None
+    source_step: int | None = None
+
+    name: ClassVar[str] = "ablate"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.value not in ("zero", "mean"):
+            raise InterpError(f"{self!r}: value is 'zero' or 'mean'{nearest(str(self.value), ('zero', 'mean'))}")
+        if self.source is None:
+            if self.condition is not None or self.source_step is not None:
+                raise InterpError(f"{self!r}: condition and source_step choose within a source; give source=")
+            return
+        object.__setattr__(self, "source", kept_source(self.source, type(self).__name__))
+        if self.value != "mean" or self.source == BATCH:
+            raise InterpError(
+                f"{self!r}: a source is a stored run whose mean is taken: value='mean', source='run.zarr'"
+            )
+
+    def check_place(self, place: Place) -> None:
+        """A mean needs positions, or a source that captured the site."""
+        if self.source is not None:
+            if place.of_text_encoder:
+                raise InterpError(f"{self!r}: runs hold no states within text encoders, so there is no mean of them")
+            self._check_stored(place, self._all(place))
+        elif self.value == "mean" and place.shape is not None and len(place.shape) < 2:
+            raise InterpError(
+                f"{self!r}: what passes at {place.site!r} has no positions to average over; give source=, or value='zero'"
+            )
+
+    def change(self, hooks: HookRegistry, place: Place) -> Change:
+        """Zeros, or the mean."""
+        if self.value == "zero":
+            return lambda tensor, at, branch: torch.zeros_like(tensor)
+        if self.source is None:
+            return lambda tensor, at, branch: _over_positions(tensor)
+        stored, known = self._stored(place, self._all(place)), dict[tuple[int, str], torch.Tensor]()
+
+        def mean(tensor: torch.Tensor, at: At, branch: str) -> torch.Tensor:
+            if (at.step, branch) not in known:
+                known.clear()  # of the step before
+                known[at.step, branch] = stored.read(at.step, branch).mean(0, keepdim=True)
+            return known[at.step, branch].to(tensor).expand_as(tensor)
+
+        return mean
+
+    def _all(self, place: Place) -> list[int]:
+        """Positions in the source of all finished samples of the condition."""
+        assert self.source is not None
+        try:
+            run = opened(self.source)
+            rows = (run.samples["condition"] == self._choice().condition_of(run)) & (run.samples["status"] == 1)
+        except InterpError as error:
+            raise InterpError(f"{self._named()}: {error}") from error
+        return [int(i) for i in np.flatnonzero(rows)]
+
+
+def _over_positions(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean over positions, channel by channel: (sample, channel, y, x) or (sample, position, channel)."""
+    dims = (2, 3) if tensor.ndim == 4 else (1,)
+    return tensor.mean(dims, keepdim=True).expand_as(tensor)
+
+
+@dataclass(frozen=True, repr=False)
+class Steer(AtSite):
+    """Add a vector to what passes at a site: `x + coefficient · vector` (activation steering).
+
+    Args:
+        site: A site or glob `path:in` or `path:out`.
+        vector: Numbers, one a channel; a one-dimensional array; or the path of a `.npy` or `.safetensors` file that
+            holds one array, of the channels or of one sample's whole tensor. `interp.interventions.steering_vector`
+            makes one from a run.
+        coefficient: Its factor; 0 changes nothing, to the last bit.
+        branch, tokens, region, channels: The part that is changed; see `AtSite`.
+        start, stop, unit: The window of steps.
+
+    Several add up, in order. Source: Turner et al., arXiv:2308.10248.
+
+    >>> Steer("unet.mid_block:out", [1.0, 0.0, -1.0], coefficient=2.0, branch="both")
+    Steer(branch='both', site='unet.mid_block:out', vector=(1.0, 0.0, -1.0), coefficient=2.0)
+    """
+
+    site: str
+    vector: Vector
+    coefficient: float = 1.0
+
+    name: ClassVar[str] = "steer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "vector", kept_vector(self.vector))
+        if not isinstance(self.coefficient, (int, float)) or not np.isfinite(self.coefficient):
+            raise InterpError(f"{self!r}: the coefficient is a number")
+
+    def claims(self) -> frozenset[str]:
+        """Nothing: what is added adds up."""
+        return frozenset()
+
+    def check_place(self, place: Place) -> None:
+        """The vector must fit the site."""
+        vector = read_vector(self.vector)
+        if place.shape is not None:
+            self._shaped(vector, place.site, place.shape)
+
+    def change(self, hooks: HookRegistry, place: Place) -> Change:
+        """The tensor with the vector added."""
+        vector = read_vector(self.vector)
+
+        def add(tensor: torch.Tensor, at: At, branch: str) -> torch.Tensor | None:
+            if not self.coefficient:
+                return None
+            return tensor + self.coefficient * self._shaped(vector, place.site, tuple(tensor.shape[1:])).to(tensor)
+
+        return add
+
+    def _shaped(self, vector: torch.Tensor, site: str, shape: tuple[int, ...]) -> torch.Tensor:
+        channel = shape[1] if len(shape) == 2 else shape[0]
+        if tuple(vector.shape) == shape:
+            return vector
+        if tuple(vector.shape) == (channel,):
+            return vector.reshape(-1, 1, 1) if len(shape) == 3 else vector
+        raise InterpError(
+            f"Steer({site!r}): the vector has the shape {tuple(vector.shape)}, where {channel} channels pass, of one sample "
+            f"{shape}"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class AddNoise(AtSite):
+    """Add Gaussian noise to what passes at a site: how causal tracing corrupts a prompt.
+
+    Args:
+        site: A site or glob `path:in` or `path:out`, e.g. the token embeddings of the text encoder.
+        scale: Standard deviation of the noise, in standard deviations of the sample's own tensor there.
+        seed: Of the noise. A sample's noise depends on it, on the sample's prompt row and seed, the site and the step,
+            and on nothing else: conditions get the same noise, whatever runs in their batch. 0 of scale changes nothing.
+        branch, tokens, region, channels: The part that is changed, e.g. `tokens=("{subject}",)`; see `AtSite`.
+        start, stop, unit: The window of steps.
+
+    Source: Meng et al., arXiv:2202.05262 (3 standard deviations of the embeddings, on the subject's tokens); Basu et al.,
+    arXiv:2310.13730.
+
+    >>> AddNoise("text_encoder.embeddings:out", scale=3.0, tokens=("red circle",))
+    AddNoise(tokens=('red circle',), site='text_encoder.embeddings:out', scale=3.0)
+    """
+
+    site: str
+    scale: float = 1.0
+    seed: int = 0
+
+    name: ClassVar[str] = "add_noise"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.scale, (int, float)) or not np.isfinite(self.scale) or self.scale < 0:
+            raise InterpError(f"{self!r}: the scale of the noise is a number of at least 0")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise InterpError(f"{self!r}: the seed is a whole number of at least 0")
+
+    def claims(self) -> frozenset[str]:
+        """Nothing: what is added adds up."""
+        return frozenset()
+
+    def change(self, hooks: HookRegistry, place: Place) -> Change:
+        """The tensor with noise added."""
+        samples = list(zip(place.batch.prompt_ids, place.batch.seeds, strict=True))
+        site = crc32(place.site.encode())
+
+        def add(tensor: torch.Tensor, at: At, branch: str) -> torch.Tensor | None:
+            if not self.scale:
+                return None
+            return torch.stack([
+                x + (self.scale * x.std()) * _noise((self.seed, *key, site, at.step + 1, at.evaluation), x)
+                for x, key in zip(tensor, samples, strict=True)
+            ])  # fmt: skip
+
+        return add
+
+
+def _noise(key: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """Standard normal noise of this key, the same on every device."""
+    seed = int(np.random.SeedSequence([k % 2**32 for k in key]).generate_state(1, np.uint64)[0] >> 1)
+    return torch.randn(like.shape, generator=torch.Generator("cpu").manual_seed(seed)).to(like)
