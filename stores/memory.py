@@ -13,6 +13,7 @@ from interp.stores.growth import grown
 from interp.stores.repeats import Repeats
 from interp.stores.schema import Layout, TokenTable
 from interp.stores.skeleton import documents
+from interp.stores.table import DONE
 from interp.stores.writer import RunWriter
 
 if TYPE_CHECKING:
@@ -24,9 +25,8 @@ class MemoryWriter(RunWriter):
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout, np.zeros(len(layout), "int8"))
-        self._data = {
-            name: _filled(array.shape, array.dtype) for name, array in self._arrays.items() if not array.steady
-        }
+        # not filled: a run's arrays are large, and what is committed is whole; `_blank` fills what is not
+        self._data = {name: _room(array.shape, array.dtype) for name, array in self._arrays.items() if not array.steady}
         self._repeats = {
             name: Repeats(array.shape, array.dtype) for name, array in self._arrays.items() if array.steady
         }
@@ -38,6 +38,8 @@ class MemoryWriter(RunWriter):
         """The run as it is now; its arrays are the writer's, not copies."""
         from interp.stores.reader import Run
 
+        for i in np.flatnonzero(self._status != DONE):
+            self._blank(int(i))
         return Run(self._tree())
 
     def grow(  # noqa: D102
@@ -52,7 +54,7 @@ class MemoryWriter(RunWriter):
         self._arrays = self.layout.arrays
         more = len(self.layout) - old
         for name, data in self._data.items():
-            self._data[name] = np.concatenate([data, _filled((more, *data.shape[1:]), self._arrays[name].dtype)])
+            self._data[name] = np.concatenate([data, _room((more, *data.shape[1:]), self._arrays[name].dtype)])
         for repeats in self._repeats.values():
             repeats.grow(more)
         self._error = np.concatenate([self._error, _filled((more,), "str")])
@@ -73,10 +75,18 @@ class MemoryWriter(RunWriter):
             self._data[name][i] = value
 
     def _discard(self, i: int) -> None:
-        for name, data in self._data.items():
-            data[i] = fill_value(self._arrays[name].dtype)
         for repeats in self._repeats.values():
             repeats.clear(i)
+
+    def _blank(self, i: int) -> None:
+        """Fill what is not written of a sample that is not done."""
+        progress = self._progress.get(i, {})
+        for name, data in self._data.items():
+            written = progress.get(name, 0)
+            if self._arrays[name].steps:
+                data[i, written:] = fill_value(self._arrays[name].dtype)
+            elif not written:
+                data[i] = fill_value(self._arrays[name].dtype)
 
     def _finish(self, i: int, status: int, error: str) -> None:
         self._error[i] = error
@@ -108,6 +118,10 @@ class MemoryWriter(RunWriter):
             }
             parts[group_name] = xr.Dataset(arrays, coords, self._attrs(group_name))
         return xr.DataTree.from_dict(parts)
+
+
+def _room(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return np.empty(shape, object if dtype == "str" else dtype)
 
 
 def _filled(shape: tuple[int, ...], dtype: str) -> np.ndarray:
