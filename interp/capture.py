@@ -1,7 +1,7 @@
 """What a run keeps."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, Literal
@@ -9,6 +9,7 @@ from typing import Any, Literal
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import PARTS, AttentionSite
 from interp.patterns import matching
+from interp.warning import warn
 
 Reducer = Callable[..., Any]
 """(probabilities (sample, head, query, key), at) → tensor (sample, …)."""
@@ -181,8 +182,10 @@ budget, mantissa
             raise InterpError(f"Capture(steps={list(self.steps)}): step {wrong[0]} is outside the run's 0–{steps - 1}")
         return sorted({s % steps for s in self.steps})
 
-    def chosen_attention(self, sites: list[AttentionSite]) -> list[AttentionPart]:
+    def chosen_attention(self, sites: list[AttentionSite], lacking: Mapping[str, str]) -> list[AttentionPart]:
         """Return the parts of attention to keep.
+
+        lacking: attention modules without probabilities, by name → why; what is asked for and left out is said.
 
         Raises:
             InterpError: a glob matches none, or the model has no such attention.
@@ -191,6 +194,8 @@ budget, mantissa
             return []
         if self.attention in ("cross", "self", "text", "all"):
             parts = [AttentionPart(s, p) for s in sites for p in PARTS[s.kind] if self.attention in ("all", p)]
+            if lacking and (not parts or self.attention == "all"):
+                self._leave_out(next(iter(lacking.values())), parts)
             if not parts and self.attention == "text":
                 raise InterpError(
                     "Capture(attention='text') keeps text → image, which joint attention alone has; this model has "
@@ -202,6 +207,9 @@ budget, mantissa
         for pattern in globs:
             path, names = pattern.removesuffix(":probs"), [s.name for s in sites]
             found = matching(path, names)
+            unfit = matching(path, lacking)
+            if unfit:
+                self._leave_out(lacking[unfit[0]], found)
             if not found:
                 raise InterpError(
                     f"Capture(attention={pattern!r}) matches no attention site"
@@ -210,6 +218,13 @@ budget, mantissa
                 )
             chosen |= {*found}
         return [AttentionPart(s, PARTS[s.kind][0]) for s in sites if s.name in chosen]
+
+    def _leave_out(self, why: str, kept: Sequence[object]) -> None:
+        if not kept:
+            raise InterpError(
+                f"Capture(attention={self.attention!r}): {why}; leave it out, which with nothing else is attention=None"
+            )
+        warn(f"Capture(attention={self.attention!r}): {why}; the other attention is kept")
 
     def chosen_heads(self, heads: int) -> list[int]:
         """Return head indices; the mean is taken over all."""

@@ -73,7 +73,8 @@ def captured_attention(family: Family, capture: Capture, arguments: Arguments) -
     if capture.attention is None:
         return []
     _, grids = dry_run(family, arguments)
-    return capture.chosen_attention([replace(s, grid=grids[s.name]) for s in attention_sites(family)])
+    sites = [replace(s, grid=grids[s.name]) for s in attention_sites(family)]
+    return capture.chosen_attention(sites, family.without_probabilities())
 
 
 def captured_sites(family: Family, capture: Capture, arguments: Arguments) -> list[SiteCapture]:

@@ -1,10 +1,10 @@
 """Compiled models. Hooks that are added after compilation never fire, silently: a watched model runs eagerly."""
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable
 
 import torch
+
+from interp.warning import warn as tell
 
 
 def plain(module: torch.nn.Module) -> torch.nn.Module:
@@ -21,17 +21,6 @@ def is_compiled(module: torch.nn.Module) -> bool:
     )
 
 
-def _callers_level() -> int:
-    """How far up the stack the user's own line is."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in (
-        "interp",
-        "contextlib",
-    ):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
 def run_eagerly(modules: Iterable[torch.nn.Module], warn: bool = True) -> Callable[[], None]:
     """Let compiled modules run their own Python until the returned function is called; others are not affected.
 
@@ -40,10 +29,9 @@ def run_eagerly(modules: Iterable[torch.nn.Module], warn: bool = True) -> Callab
     if not any(map(is_compiled, modules)):
         return lambda: None
     if warn:
-        warnings.warn(
+        tell(
             "the model is compiled; while it is recorded or changed it runs eagerly, because hooks do not fire in compiled "
-            "code: slower, and equal to the compiled run up to rounding",
-            stacklevel=_callers_level(),
+            "code: slower, and equal to the compiled run up to rounding"
         )
     stance = torch.compiler.set_stance("force_eager")
     stance.__enter__()

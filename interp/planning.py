@@ -198,9 +198,8 @@ def assemble(
     family, n = find_family(pipe), len(samples["prompt"])
     family.check_call(arguments)
     times = timeline(pipe.scheduler, steps, schedule=family.schedule(arguments)).after(family.skipped_steps(arguments))
-    known = {text: family.tokenize(text, arguments) for text in {*samples["prompt"], *samples["negative_prompt"]}}
-    tokens = [known[text] for text in samples["prompt"]]
-    others = [known[text] for text in samples["negative_prompt"]]
+    tokens = _tokenized(family, samples["prompt"], arguments)
+    others = _tokenized(family, samples["negative_prompt"], family.negative_arguments(arguments))
     named = not isinstance(capture.tokens, str) and any(isinstance(t, str) for t in capture.tokens)
     selection = (
         choose_tokens(capture.tokens, tokens, others, table.rows(samples["prompt_id"]), columns)
@@ -233,6 +232,11 @@ def assemble(
 
     check_budget(made, again)
     return made
+
+
+def _tokenized(family: Family, prompts: Sequence[str], arguments: Arguments) -> list[Tokens]:
+    known = {text: family.tokenize(text, arguments) for text in dict.fromkeys(prompts)}
+    return [known[text] for text in prompts]
 
 
 def default_guidance(pipe: Any) -> float:

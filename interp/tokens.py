@@ -73,9 +73,10 @@ def tokenize(
         InterpError: the prompt is longer than the context; the words that would be cut are named.
     """
     length = int(tokenizer.model_max_length if length is None else length)
-    written = bool(tokenizer.bos_token) and prefix.startswith(str(tokenizer.bos_token))
+    first, last = tokenizer.bos_token or tokenizer.cls_token, tokenizer.eos_token or tokenizer.sep_token  # BERT's words
+    written = bool(first) and prefix.startswith(str(first))
     special = [] if written else list(tokenizer("")["input_ids"])  # what the tokenizer puts around any text
-    lead = int(bool(special) and special[0] == tokenizer.bos_token_id)
+    lead = int(bool(special) and special[0] == tokenizer.convert_tokens_to_ids(str(first)))
     text = prefix + prompt + suffix
     free = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     inner = list(free["input_ids"])
@@ -92,21 +93,34 @@ def tokenize(
         role[after] = "eos"
     owner = [_word_at((a, max(b, a + 1)), words) if r == "word" else -1 for (a, b), r in zip(spans, role, strict=True)]
     columns = [
-        *((special[0], str(tokenizer.bos_token), "bos", -1) for _ in range(lead)),
+        *((special[0], str(first), "bos", -1) for _ in range(lead)),
         *zip(inner, (text[a:b] for a, b in spans), role, owner, strict=True),
-        *((i, str(tokenizer.eos_token), "eos", -1) for i in special[lead:]),
+        *((i, str(last), "eos", -1) for i in special[lead:]),
     ]
-    padding = [(tokenizer.pad_token_id, str(tokenizer.pad_token), "pad", -1)] * (length - len(columns) if pad else 0)
-    columns = [*columns, *padding] if tokenizer.padding_side == "right" else [*padding, *columns]
     roles = [r for _, _, r, _ in columns]
-    return Tokens(
+    found = Tokens(
         ids=[i for i, _, _, _ in columns],
         text=[t for _, t, _, _ in columns],
         role=roles,
         word=[w for _, _, _, w in columns],
         words=[w for w, _ in words],
-        eos=roles.index("eos") if "eos" in roles else len(roles) - len(padding) * (tokenizer.padding_side == "right"),
+        eos=roles.index("eos") if "eos" in roles else len(roles),
     )
+    return padded(found, tokenizer, length) if pad else found
+
+
+def padded(tokens: Tokens, tokenizer: Any, length: int, side: str | None = None) -> Tokens:
+    """Fill the context with padding, on the tokenizer's own side unless one is named."""
+    count = max(0, length - len(tokens.ids))
+    left, right = (0, count) if (side or tokenizer.padding_side) == "right" else (count, 0)
+
+    def fill(values: list, value: Any) -> list:
+        return [*[value] * left, *values, *[value] * right]
+
+    return Tokens(
+        fill(tokens.ids, tokenizer.pad_token_id), fill(tokens.text, str(tokenizer.pad_token)), fill(tokens.role, "pad"),
+        fill(tokens.word, -1), tokens.words, tokens.eos + left,
+    )  # fmt: skip
 
 
 def _check_length(

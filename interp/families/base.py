@@ -152,6 +152,10 @@ class Family(ABC):
     def attention_sites(self) -> list[AttentionSite]:
         """All attention modules of the denoiser, in the order in which they run, without grids."""
 
+    def without_probabilities(self) -> dict[str, str]:
+        """Attention modules that form no probabilities, by name → why, as a sentence without its full stop."""
+        return {}
+
     def output_index(self, path: str) -> int:
         """Which element of a module's tuple output is the image's; blocks of two streams often give the text first."""
         return 0
@@ -357,6 +361,10 @@ class Family(ABC):
     def tokenize(self, prompt: str, arguments: Arguments | None = None) -> Tokens:
         """Tokenise a prompt: its positions are exactly those of the text in the denoiser's attention."""
         return tokenize(next(iter(self.text_encoders.values()))[0], prompt, self.text_length(arguments))
+
+    def negative_arguments(self, arguments: Arguments) -> Arguments:
+        """Return the arguments with which negative prompts are tokenised and encoded; some models treat them differently."""
+        return arguments
 
     def text_segments(self, arguments: Arguments | None = None) -> dict[str, slice]:
         """Encoder → its positions in the text: encoders may follow each other (Stable Diffusion 3)."""

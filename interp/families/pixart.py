@@ -1,7 +1,7 @@
 """PixArt-α and PixArt-Σ: a diffusion transformer with cross-attention to T5 states, which are masked."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -11,18 +11,18 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family
 from interp.tokens import Tokens, tokenize
 
-_BINS = {
-    256: pipeline_pixart_sigma.ASPECT_RATIO_2048_BIN,
-    128: pipeline_pixart_alpha.ASPECT_RATIO_1024_BIN,
-    64: pipeline_pixart_alpha.ASPECT_RATIO_512_BIN,
-    32: pipeline_pixart_alpha.ASPECT_RATIO_256_BIN,
-}
-
 
 class PixArtFamily(Family):
     """Both PixArt pipelines: rows [uncond, cond], self- and cross-attention in every block."""
 
     name = "pixart"
+    bins: ClassVar[Mapping[int, Mapping[str, Any]]] = {
+        256: pipeline_pixart_sigma.ASPECT_RATIO_2048_BIN,
+        128: pipeline_pixart_alpha.ASPECT_RATIO_1024_BIN,
+        64: pipeline_pixart_alpha.ASPECT_RATIO_512_BIN,
+        32: pipeline_pixart_alpha.ASPECT_RATIO_256_BIN,
+    }
+    """The transformer's training size in latents → the sizes that a picture may have."""
 
     @staticmethod
     def matches(pipe: Any) -> bool:
@@ -47,7 +47,7 @@ class PixArtFamily(Family):
         height, width = super().size(arguments)
         if not arguments.get("use_resolution_binning"):
             return height, width
-        bins = _BINS.get(self.denoiser.config.sample_size)
+        bins = self.bins.get(self.denoiser.config.sample_size)
         if bins is None:  # the pipeline will refuse it
             return height, width
         return self.pipe.image_processor.classify_height_width_bin(height, width, ratios=bins)

@@ -144,7 +144,7 @@ class TextChange(Intervention):
                 if layered is None:
                     new = EncodedPrompt(states, pooled, mask)
                 else:
-                    layered.begin(call, EncodedPrompt(states, mask=None if mask is text.mask else mask))
+                    layered.begin(call, EncodedPrompt(states, mask=mask))
             call.kwargs = family.with_text(call.kwargs, new)
 
         hooks.on_call(edit)

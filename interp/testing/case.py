@@ -144,3 +144,10 @@ def untouched(pipe: Any) -> Iterator[None]:
         after = fingerprint(pipe)
         changed = [k for k in {**before, **after} if before.get(k) != after.get(k)]
         assert not changed, f"left behind: {changed[:5]}"
+
+
+def close(got: torch.Tensor, want: torch.Tensor, tolerance: float, message: str) -> None:
+    """Compare relative to the largest value."""
+    assert got.shape == want.shape, f"{message}: shape {tuple(got.shape)} instead of {tuple(want.shape)}"
+    off = float((got.float() - want.float()).abs().max() / want.float().abs().max().clamp(min=1))
+    assert off <= tolerance, f"{message}: off by {off:.2g} relative"

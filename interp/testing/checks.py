@@ -14,8 +14,9 @@ from interp.families import Family, find_family, trying
 from interp.hooks import DenoiserCall, HookRegistry
 from interp.probes.testing import Check
 from interp.recording import record
-from interp.testing.case import FamilyCase, untouched
+from interp.testing.case import FamilyCase, close, untouched
 from interp.testing.probabilities import check_probabilities
+from interp.testing.text import check_text, check_text_positions
 
 EVERYTHING = {"attention": "all", "heads": "all", "tokens": "all", "branches": ("cond", "uncond"), "text": True}
 BARE = Capture(attention=None, image=False)
@@ -39,7 +40,8 @@ def check_family(
     Checked: the image is bit-equal to an unwatched one in float32 and bfloat16, with guidance and without; nothing is
     left behind, also after an exception; stored attention equals an independent computation within 1e-5, and its rows
     sum to 1; branches are what their names say, and a dropped one is really not computed; steps and noise levels are
-    the scheduler's; latents and maps lie as the picture does; several images a prompt; a batch of two equals two of one.
+    the scheduler's; latents and maps lie as the picture does, and keys as the tokens do; several images a prompt; a batch
+    of two equals two of one.
 
     Args:
         make: Builds a tiny pipeline with random weights; called twice (float32 and bfloat16).
@@ -66,10 +68,11 @@ def check_family(
         "nothing is left after an exception": partial(_exception, case),
         "probabilities": partial(check_probabilities, case, reference),
         "branches": partial(_branches, case, modes),
-        "text": partial(_text, case),
+        "text": partial(check_text, case),
         "dropped branches": partial(_dropped, case),
         "steps": partial(_steps, case, None),
         "layout": partial(_layout, case),
+        "text positions": partial(check_text_positions, case),
         "images per prompt": partial(_images_per_prompt, case),
         "batch of two": partial(_batch, case),
     }
@@ -171,7 +174,7 @@ def _branches(case: FamilyCase, modes: list[bool]) -> None:
             else:
                 want = cond
                 assert torch.isnan(uncond).all(), "there is no branch without text, but one was recorded"
-            _close(got, want, case.tolerance, f"step {step}: the branches do not combine to what the scheduler gets")
+            close(got, want, case.tolerance, f"step {step}: the branches do not combine to what the scheduler gets")
         expected = len(seen)
         assert (run.nfe.sel(branch="cond").values == expected).all()
         assert (run.nfe.sel(branch="uncond").values == (expected if guided else 0)).all()
@@ -181,36 +184,6 @@ def _first_evaluations(case: FamilyCase, seen: Sequence[Any], run: Any) -> list[
     """Second-order schedulers evaluate twice a step: of each step the first one is kept."""
     order = getattr(case.pipe.scheduler, "order", 1)
     return list(seen)[::order][: run.latents.sizes["step"]]
-
-
-def _text(case: FamilyCase) -> None:
-    """The text states of a branch are those of its prompts, and the tokens are as many as the states."""
-    family = case.family
-    with record(case.pipe, capture=Capture(attention=None, image=False, text=True)) as recording:
-        case.call()
-    arguments = case.arguments()
-    prompts = {"cond": list(case.prompts), "uncond": [case.negative if family.takes_negative else ""] * 2}
-    if case.guided is None:
-        del prompts["uncond"]
-    for branch, texts in prompts.items():
-        encoded = family.encode(texts, arguments)
-        assert not encoded.embeddings.requires_grad
-        for name, span in family.text_segments(arguments).items():
-            stored = torch.from_numpy(recording.run.tree[f"text/{name}"]["embeddings"].sel(branch=branch).values)
-            want = encoded.embeddings[:, span].float()
-            got, what = stored[:, : want.shape[1]], f"{branch}: the states are not those of {texts}"
-            assert torch.equal(got.isnan(), want.isnan()), f"{what}: gaps"
-            _close(got.nan_to_num(), want.nan_to_num(), case.tolerance, what)
-            assert torch.isnan(stored[:, want.shape[1] :]).all()
-    for prompt in case.prompts:
-        tokens = family.tokenize(prompt, arguments)
-        assert len(tokens.ids) == len(tokens.role) == len(tokens.word) <= family.text_length(arguments)
-        for name, span in family.text_segments(arguments).items():
-            part = tokens.part(span)
-            spoken = "".join(t for t, role in zip(part.text, part.role, strict=True) if role == "word")
-            assert spoken.replace(" ", "") == prompt.replace(" ", ""), f"{name}: the tokens spell {spoken!r}"
-            named = [part.words[w] for w in dict.fromkeys(w for w in part.word if w >= 0)]
-            assert named == prompt.split(), f"{name}: the words of {prompt!r} came out as {named}"
 
 
 def _dropped(case: FamilyCase) -> None:
@@ -321,8 +294,14 @@ def _layout(case: FamilyCase) -> None:
 
 
 def _images_per_prompt(case: FamilyCase) -> None:
-    """Two images of each prompt are four samples, in the pipeline's order, each with its own prompt's tokens."""
+    """Two images of each prompt are four samples, in the pipeline's order, each with its own prompt's tokens.
+
+    Some pipelines of diffusers mix up the prompts' masks then: what is recorded is what they did, and what they do with
+    four prompts is no reference for it.
+    """
+    repeated: dict[str, Any] = {"prompt": [p for p in case.prompts for _ in range(2)], **case.negatives(4)}
     plain = case.call(num_images_per_prompt=2)
+    mixed_up = float((plain - case.call(**repeated)).abs().max()) > 0.01
     capture = Capture(attention="cross", heads="mean", dtype="float32", image=False)
     kinds = {s.kind for s in case.family.attention_sites()}
     with record(case.pipe, capture=capture if kinds & {"cross", "joint"} else BARE) as recording:
@@ -330,11 +309,10 @@ def _images_per_prompt(case: FamilyCase) -> None:
     assert torch.equal(got, plain)
     run = recording.run
     assert list(run.samples["prompt"]) == [p for p in case.prompts for _ in range(2)]
+    if mixed_up:
+        return
     with record(case.pipe, capture=capture if kinds & {"cross", "joint"} else BARE) as again:
-        case.call(
-            prompt=[p for p in case.prompts for _ in range(2)],
-            **case.negatives(4),
-        )
+        case.call(**repeated)
     _same(run, again.run, case.tolerance)
 
 
@@ -356,16 +334,9 @@ def _batch(case: FamilyCase) -> None:
 def _same(one: Any, other: Any, tolerance: float) -> None:
     for name in ("latents", "noise_pred", "final_latents"):
         a, b = (torch.from_numpy(getattr(run, name).values) for run in (one, other))
-        _close(a.nan_to_num(), b.nan_to_num(), tolerance, f"{name} differ")
+        close(a.nan_to_num(), b.nan_to_num(), tolerance, f"{name} differ")
     for grid in one.grids:
         a, b = (torch.from_numpy(run.attention(grid).values) for run in (one, other))
         assert torch.equal(a.isnan(), b.isnan()), f"attention {grid}: other tokens"
-        _close(a.nan_to_num(), b.nan_to_num(), 10 * tolerance, f"attention {grid} differs")
+        close(a.nan_to_num(), b.nan_to_num(), 10 * tolerance, f"attention {grid} differs")
         assert (one.tokens(grid)["token_text"].values == other.tokens(grid)["token_text"].values).all()
-
-
-def _close(got: torch.Tensor, want: torch.Tensor, tolerance: float, message: str) -> None:
-    """Compare relative to the largest value."""
-    assert got.shape == want.shape, f"{message}: shape {tuple(got.shape)} instead of {tuple(want.shape)}"
-    off = float((got.float() - want.float()).abs().max() / want.float().abs().max().clamp(min=1))
-    assert off <= tolerance, f"{message}: off by {off:.2g} relative"

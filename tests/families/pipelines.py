@@ -85,11 +85,11 @@ def _text_config(tok: CLIPTokenizer, width: int, projection: int | None = None) 
     )
 
 
-def _vae() -> AutoencoderKL:
+def _vae(blocks: tuple[int, ...] = (8, 16)) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=blocks,
+        down_block_types=["DownEncoderBlock2D"] * len(blocks),
+        up_block_types=["UpDecoderBlock2D"] * len(blocks),
         latent_channels=4,
         norm_num_groups=4,
         sample_size=32,
@@ -304,11 +304,13 @@ def flux_schnell() -> FluxPipeline:
 
 
 from tests.families import chat_pipelines as chat  # noqa: E402 - they are built from what is above
+from tests.families import dit_pipelines as dit  # noqa: E402
 
 BUILDERS = {
     "sd1": sd1, "sd2": sd2, "sdxl": sdxl, "pixart_alpha": pixart_alpha, "pixart_sigma": pixart_sigma, "sd3": sd3,
     "sd35": sd35, "flux": flux, "flux_schnell": flux_schnell, "flux2": chat.flux2, "flux2_klein": chat.flux2_klein,
-    "qwenimage": chat.qwenimage, "zimage": chat.zimage,
+    "qwenimage": chat.qwenimage, "zimage": chat.zimage, "sana": dit.sana, "hunyuandit": dit.hunyuandit,
+    "auraflow": dit.auraflow,
 }  # fmt: skip
 
 

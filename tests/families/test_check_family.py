@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from interp.families import AttentionSite, Spans
+from interp.families.auraflow import AuraFlowFamily
 from interp.families.flux import FluxFamily
 from interp.families.pixart import PixArtFamily
 from interp.families.sd3 import SD3Family
@@ -18,6 +19,13 @@ class TextLast(FluxFamily):
         text = kwargs["encoder_hidden_states"].shape[1]
         image, rest = slice(0, queries - text), slice(queries - text, queries)
         return Spans(image, rest, image, rest)
+
+
+class RegistersAsText(AuraFlowFamily):
+    def spans(self, site, queries, keys, kwargs):
+        text = slice(0, kwargs["encoder_hidden_states"].shape[1])
+        image = slice(self.registers + text.stop, queries)
+        return Spans(image, text, image, text)
 
 
 class Transposed(FluxFamily):
@@ -64,6 +72,7 @@ FLUX = {"options": SHORT, "guided": {"true_cfg_scale": 3.0}, "unguided": {}}
 PIXART = {"options": {**SHORT, "use_resolution_binning": False}}
 MISTAKES = [
     (TextLast, "flux", FLUX, "probabilities"),
+    (RegistersAsText, "auraflow", {"options": SHORT}, "text positions"),
     (Transposed, "flux", FLUX, "layout"),
     (OtherLevels, "flux", FLUX, "steps"),
     (Exchanged, "sd3", {"options": SHORT}, "branches"),

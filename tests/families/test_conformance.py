@@ -23,6 +23,7 @@ FLOW_HEUN = {"FlowMatchHeun": lambda own: FlowMatchHeunDiscreteScheduler(shift=3
 SHORT = {"max_sequence_length": 24}
 THREE_LAYERS = {"max_sequence_length": 40, "text_encoder_out_layers": [1, 2, 3]}
 NO_BINS = {**SHORT, "use_resolution_binning": False}
+INSTRUCTION = ["photo of the square:", "the cat on a background: "]
 
 FAMILIES = {
     "sd1": {"size": (16, 24), "schedulers": DIFFUSION},
@@ -38,6 +39,9 @@ FAMILIES = {
     "flux2_klein": {"options": THREE_LAYERS, "steps": 2, "reference": fused_attention},
     "qwenimage": {"steps": 2, "guided": {"true_cfg_scale": 4.0}, "unguided": {"true_cfg_scale": 1.0}},
     "zimage": {"steps": 2, "options": {"cfg_normalization": 1.0}, "unguided": {"guidance_scale": 0.0}},
+    "sana": {"options": {**NO_BINS, "complex_human_instruction": INSTRUCTION}, "size": (32, 64)},
+    "hunyuandit": {"options": {"use_resolution_binning": False}, "size": (64, 96)},
+    "auraflow": {"options": SHORT, "schedulers": FLOW_HEUN},
 }
 
 # the pipeline mixes up its masks, which test_chat_families.py looks at
