@@ -22,6 +22,7 @@ _HOME = {
     "HookRegistry": "interp.hooks",
     "At": "interp.hooks",
     "score": "interp.scoring",
+    "sweep": "interp.sweeping",
     "Intervention": "interp.interventions",
     "Ablate": "interp.interventions",
     "AddNoise": "interp.interventions",
@@ -67,6 +68,7 @@ __all__ = [
     "record",
     "score",
     "sites",
+    "sweep",
     "trace",
 ]
 
@@ -97,6 +99,7 @@ if TYPE_CHECKING:
     from interp.scoring import score as score
     from interp.stores import Run as Run
     from interp.stores import open_run as open_run
+    from interp.sweeping import sweep as sweep
     from interp.tracing import trace as trace
 else:
 

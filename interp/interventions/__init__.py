@@ -4,6 +4,7 @@ from interp.interventions.activations import Ablate, AddNoise, Patch, Steer
 from interp.interventions.base import Batch, Intervention, attach_all, check_all, from_spec
 from interp.interventions.functions import Edit, NNsightEdit
 from interp.interventions.guidance import RemoveGuidance, RemoveText
+from interp.interventions.places import neighbours
 from interp.interventions.text import ReplaceEOS, ReplacePrompt
 from interp.interventions.token_states import ReplaceTokens
 from interp.interventions.vectors import steering_vector
@@ -25,5 +26,6 @@ __all__ = [
     "attach_all",
     "check_all",
     "from_spec",
+    "neighbours",
     "steering_vector",
 ]

@@ -1,6 +1,6 @@
 """Where an intervention acts: a site, and which branch, text tokens, region and channels of the tensor that passes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -266,3 +266,16 @@ class TextCalls:
         if self._hooks.arguments is None:
             return ""
         return {1: "cond", 2: "uncond"}.get(self._calls, "")
+
+
+def neighbours(names: Sequence[str], width: int = 3) -> list[tuple[str, ...]]:
+    """Return every run of `width` neighbours of a list, e.g. of the cross-attention layers in running order.
+
+    The layer sweep of LocoGen (Basu et al., arXiv:2405.01008) lets three neighbouring layers read another prompt.
+
+    >>> neighbours(["a", "b", "c", "d"], width=3)
+    [('a', 'b', 'c'), ('b', 'c', 'd')]
+    """
+    if not 1 <= width <= len(names):
+        raise InterpError(f"runs of {width} neighbours do not fit {len(names)} names; give a width of 1–{len(names)}")
+    return [tuple(names[i : i + width]) for i in range(len(names) - width + 1)]

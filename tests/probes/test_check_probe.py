@@ -21,6 +21,7 @@ from interp.probes.guidance import guidance_norm
 from interp.probes.heads import head_relevance
 from interp.probes.lens import diffusion_lens
 from interp.probes.substitution import key_value_substitution
+from interp.probes.sweeping import sweep
 from interp.probes.testing import changed_run, check_probe, film_run, swap_run
 from interp.probes.windows import acceleration, text_window
 from interp.stores import synthetic_run
@@ -39,6 +40,7 @@ LOST = {r: [{"name": "replace_tokens", "roles": [r], "value": "zero"}] for r in 
 SIDES = {side: [{"name": "replace_eos", "side": side}] for side in ("k", "v", "kv")}
 LAYERS = {f"layer {k}": [{"name": "encoder_layer", "layer": k}] for k in (2, 0)}
 NOISE = {"name": "replace_tokens", "words": ["circle"], "value": "random"}
+GRID = {"corrupted": [NOISE]} | {f"site={s} | start={t}": [NOISE] for s in ("a.b:out", "a.c:out") for t in (0, 0.5)}
 RESTORED = {"corrupted": [NOISE], "first": [NOISE, {"name": "patch", "site": "text_encoder.layers.0"}]}
 CASES += [(head_relevance, synthetic_run), (eos_replacement, swap_run), (x0_film, film_run)]
 CASES += [
@@ -50,6 +52,7 @@ CASES += [
         (key_value_substitution, SIDES),
         (diffusion_lens, LAYERS),
         (causal_tracing, RESTORED),
+        (sweep, GRID),
     )
 ]
 CHECKS = [(p, make, c.name) for p, make in CASES for c in check_probe(p, make)]
