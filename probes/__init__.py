@@ -13,4 +13,4 @@ from interp.probes.discovery import PluginInfo, find_probe, list_probes
 from interp.probes.needs import require
 from interp.probes.plotting import plot
 
-__all__ = ["Parameter", "Probe", "PluginInfo", "find_probe", "list_probes", "plot", "probe", "require"]
+__all__ = ["Parameter", "PluginInfo", "Probe", "find_probe", "list_probes", "plot", "probe", "require"]

@@ -76,8 +76,8 @@ def recorded(n: int, seed: int, levels: tuple[int, ...] = LEVELS, pipe: Any = No
 
 
 def _distinct(scene: Scene) -> bool:
-    one, other = (*scene.objects, None)[:2]
-    return other is None or (one.shape != other.shape and one.color != other.color)
+    shapes, colors = ({getattr(thing, name) for thing in scene.objects} for name in ("shape", "color"))
+    return len(shapes) == len(colors) == len(scene.objects)
 
 
 def _maps(run: Any, sample: int, scene: Scene, masks: np.ndarray) -> Maps:
@@ -95,7 +95,10 @@ def _maps(run: Any, sample: int, scene: Scene, masks: np.ndarray) -> Maps:
                 kinds.append(kind)
                 wanted.append(words[at : at + len(text)].any(0))
                 truth.append(mask.ravel())
-    raw, logs, layer, grid = [], [], [], []
+    raw: list[np.ndarray] = []
+    logs: list[np.ndarray] = []
+    layer: list[int] = []
+    grid: list[int] = []
     side = cells.shape[-1]
     for g, name in enumerate(run.grids):
         probs = run.attention(name).isel(sample=sample, branch=0, token=columns).values.astype(np.float32)
@@ -140,7 +143,8 @@ def recipes(m: Maps, levels: tuple[int, ...]) -> dict[str, np.ndarray]:
         "mean, share of the words": of_tokens(raw, m.wanted) / of_tokens(raw, m.words).sum(0),
         "each map a share of the words (no BOS), mean": renormalised.mean((0, 1)),
         "each map standardised, mean": of_tokens(standard, m.wanted),
-        "each map standardised, minus the mean word": of_tokens(standard, m.wanted) - of_tokens(standard, m.words).mean(0),
+        "each map standardised, minus the mean word": of_tokens(standard, m.wanted)
+        - of_tokens(standard, m.words).mean(0),
         "mean, log-odds against the strongest rival": rival(m, logarithm(raw)),
         "geometric mean": wanted,
         "geometric mean, minus the mean word": wanted - words.mean(0),
@@ -207,7 +211,9 @@ class Scores:
         return float(self.of(name)[0].mean())
 
 
-def measure(n: int, seed: int, levels: tuple[int, ...] = LEVELS, pipe: Any = None) -> tuple[Scores, Scores, dict[str, str]]:
+def measure(
+    n: int, seed: int, levels: tuple[int, ...] = LEVELS, pipe: Any = None
+) -> tuple[Scores, Scores, dict[str, tuple[Any, ...]]]:
     """Score every recipe: on the first half of the pictures, on the second, and what the first half chose, by name."""
     first, second = Scores(), Scores()
     chosen: dict[str, tuple[Any, ...]] = {}
@@ -260,7 +266,9 @@ def table(first: Scores, second: Scores, chosen: dict[str, tuple[Any, ...]]) -> 
         at = int(first.of(TWIN.get(text, name))[2].mean(0).argmax())
         of_kind = " | ".join(f"{precision[kind == k].mean():.3f}" for k in KINDS)
         text = f"{text} ({', '.join(map(str, name[2:]))})" if name is not text and not isinstance(name, str) else text
-        lines.append(f"| {text} | {shown(precision)} | {of_kind} | {shown(point)} | {shown(overlap[:, at])} | {THRESHOLDS[at]:.2f} |")
+        lines.append(
+            f"| {text} | {shown(precision)} | {of_kind} | {shown(point)} | {shown(overlap[:, at])} | {THRESHOLDS[at]:.2f} |"
+        )
     return "\n".join(lines)
 
 

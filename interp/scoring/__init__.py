@@ -132,7 +132,9 @@ def _by_condition(run: Run, metric: Metric, against: str, batch_size: int, again
             _tried(metric, compute.update, pictures(run, rows[part]), *facing)
         found[condition] = {"value": float(_tried(metric, compute.compute)), "samples": len(rows)}
     if not found:
-        raise InterpError(f"metric {metric.name!r} needs a condition beside {against!r}; this run has no other finished one")
+        raise InterpError(
+            f"metric {metric.name!r} needs a condition beside {against!r}; this run has no other finished one"
+        )
     run.write_scores({}, {"made_by": {name: metric.made_by}, "by_condition": {name: found}})
 
 
@@ -144,8 +146,8 @@ def _missing(run: Run, metric: Metric, name: str, again: bool) -> tuple[np.ndarr
     """Return the scores that are there, float32 (sample,), NaN where there is none, and the samples to be scored."""
     done = run.samples["status"].to_numpy() == 1
     values = np.full(len(run), np.nan, "float32")
-    node = run.tree["scores"] if "scores" in run.tree.children else None
-    if node is None or name not in node["metric"].values:
+    node = run.tree["scores"].to_dataset() if "scores" in run.tree.children else None
+    if node is None or name not in node["metric"].values.tolist():
         return values, np.flatnonzero(done)
     same = bool(metric.origin) and dict(node.attrs.get("made_by") or {}).get(name) == metric.made_by
     if same and not again:
@@ -165,8 +167,11 @@ def _batches(
     with tqdm(total=len(rows), desc=text, unit="picture", disable=not progress) as bar:
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            facing = () if partners is None else (partners[part],)
-            yield part, (pictures(run, facing[0]),) if metric.wants == "references" else facing
+            facing = None if partners is None else partners[part]
+            if facing is None:
+                yield part, ()
+            else:
+                yield part, (pictures(run, facing) if metric.wants == "references" else facing,)
             bar.update(len(rows[part]))
 
 

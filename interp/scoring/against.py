@@ -23,13 +23,13 @@ def againsts(run: Run, metric: Metric, wanted: str) -> list[str]:
             raise InterpError(f"metric {metric.name!r} looks at pictures alone: ask for it without {':' + wanted!r}")
         return [""]
     if metric.wants == "references":
-        if (wanted or BASELINE) not in run.conditions:
+        condition = wanted or BASELINE
+        if condition not in run.conditions:
             raise InterpError(
-                f"metric {metric.name!r} compares with the pictures of the condition {wanted or BASELINE!r}, which this run "
-                f"lacks{nearest(wanted or BASELINE, run.conditions)}; it has {sentence_list(run.conditions)}: write "
-                f"{metric.name}:CONDITION"
+                f"metric {metric.name!r} compares with the pictures of the condition {condition!r}, where this run has "
+                f"{sentence_list(run.conditions)}: write {metric.name}:CONDITION{nearest(condition, run.conditions)}"
             )
-        return [wanted or BASELINE]
+        return [condition]
     columns = [c for c in run.samples.columns if run.samples[c].map(lambda v: isinstance(v, str)).all()]
     if wanted and wanted not in columns:
         raise InterpError(

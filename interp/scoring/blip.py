@@ -10,10 +10,11 @@ from interp.scoring.clip import loaded
 BLIP_MODEL = "Salesforce/blip-vqa-base"
 
 # What separates noun phrases, and phrases that name a place and not a thing.
-BREAKS = (
-    "and or but with without on in at of to from by for is are was were be that which who there it its under over above "
-    "below beside behind between near into onto around against inside outside across through left right"
-).split()
+BREAKS = {
+    "and", "or", "but", "with", "without", "on", "in", "at", "of", "to", "from", "by", "for", "is", "are", "was", "were", "be",
+    "that", "which", "who", "there", "it", "its", "under", "over", "above", "below", "beside", "behind", "between", "near",
+    "into", "onto", "around", "against", "inside", "outside", "across", "through", "left", "right",
+}  # fmt: skip
 NO_THINGS = {"top", "side", "front", "back", "bottom", "photo", "picture", "painting", "drawing", "image"}
 ARTICLES = {"a", "an", "the", "some", "one"}
 
@@ -41,23 +42,32 @@ class BlipVQA:
         """Return the product for each picture (sample,); NaN where a text has no phrase."""
         pixels = self.processor.image_processor(images=list(images), return_tensors="pt").pixel_values.to(self.device)
         seen = self.model.vision_model(pixel_values=pixels).last_hidden_state
-        found = []
-        for picture, text in zip(seen, texts, strict=True):
-            asked = questions(text)
-            found.append(float(self._yes(picture, asked).prod()) if asked else float("nan"))
-        return np.array(found)
+        asked = [(picture, question) for picture, text in enumerate(texts) for question in questions(text)]
+        found = np.full(len(texts), np.nan)
+        for picture, chance in zip([p for p, _ in asked], self._yes(seen, asked), strict=True):
+            found[picture] = chance * (1.0 if np.isnan(found[picture]) else found[picture])
+        return found
 
-    def _yes(self, picture: torch.Tensor, asked: list[str]) -> torch.Tensor:
-        """Return P("yes") as the first word of the answer to each question about a picture (position, feature)."""
-        inputs = self.processor.tokenizer(asked, return_tensors="pt", padding=True, truncation=True).to(self.device)
-        mask = inputs.attention_mask
-        read = self.model.text_encoder(
-            input_ids=inputs.input_ids, attention_mask=mask,
-            encoder_hidden_states=picture.expand(len(asked), -1, -1),
-        ).last_hidden_state  # fmt: skip
-        start = torch.full((len(asked), 1), self.model.decoder_start_token_id, device=self.device)
-        out = self.model.text_decoder(input_ids=start, encoder_hidden_states=read, encoder_attention_mask=mask)
-        return out.logits[:, -1].float().softmax(-1)[:, self.yes]
+    def _yes(self, seen: torch.Tensor, asked: list[tuple[int, str]]) -> list[float]:
+        """Return P("yes") as the first word of the answer to each (picture, question).
+
+        Questions of equally many tokens go together, without padding: transformers' decoder looks at padding too, so
+        that an answer would depend on its neighbours (5.23, and so does `generate`).
+        """
+        tokens = [self.processor.tokenizer(question, truncation=True).input_ids for _, question in asked]
+        found = [float("nan")] * len(asked)
+        for length in sorted({len(t) for t in tokens}):
+            mine = [k for k, t in enumerate(tokens) if len(t) == length]
+            ids = torch.tensor([tokens[k] for k in mine], device=self.device)
+            pictures = seen[[asked[k][0] for k in mine]]
+            read = self.model.text_encoder(
+                input_ids=ids, attention_mask=torch.ones_like(ids), encoder_hidden_states=pictures
+            ).last_hidden_state
+            start = torch.full((len(mine), 1), self.model.decoder_start_token_id, device=self.device)
+            out = self.model.text_decoder(input_ids=start, encoder_hidden_states=read).logits[:, -1]
+            for k, chance in zip(mine, out.float().softmax(-1)[:, self.yes].tolist(), strict=True):
+                found[k] = chance
+        return found
 
 
 def questions(text: str) -> list[str]:

@@ -48,7 +48,7 @@ class Metric:
     @property
     def made_by(self) -> dict[str, Any]:
         """What is written beside its scores: origin and options."""
-        return {"origin": self.origin, "options": {k: _plain(v) for k, v in (self.known | self.options).items()}}
+        return {"origin": self.origin, "options": {k: _plain(v) for k, v in (self.known | dict(self.options)).items()}}
 
     def made(self, run: Any) -> Any:
         """Return what is called with pictures: the function with its options, or an instance of the class."""

@@ -22,13 +22,16 @@ def l1(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 def ssim(images: np.ndarray, references: np.ndarray, *, device: str = "cpu") -> torch.Tensor:
     """Structural similarity to the reference (Wang et al. 2004), −1 to 1, on RGB of range 1, by torchmetrics.
 
-    Gaussian window of 11 pixels, σ 1.5, as in the paper; mean over the channels. Needs the extra `[metrics]`.
+    Gaussian window of 11 pixels, σ 1.5, as in the paper; the picture is mirrored at its border; mean over the channels.
+    Needs the extra `[metrics]`.
     """
     functional = torchmetrics("ssim").functional.image
     shown, wanted = (as_tensor(p, device) for p in (images, references))
     if min(shown.shape[-2:]) < 11:
         raise InterpError(f"ssim needs pictures of at least 11 × 11 pixels, not {shown.shape[-2]} × {shown.shape[-1]}")
-    found: torch.Tensor = functional.structural_similarity_index_measure(shown, wanted, data_range=1.0, reduction="none")
+    found: torch.Tensor = functional.structural_similarity_index_measure(
+        shown, wanted, data_range=1.0, reduction="none"
+    )
     return found.reshape(len(images))
 
 
