@@ -29,7 +29,6 @@ _HOME = {
     "Patch": "interp.interventions",
     "Steer": "interp.interventions",
     "Edit": "interp.interventions",
-    "EncoderLayer": "interp.interventions",
     "NNsightEdit": "interp.interventions",
     "RemoveText": "interp.interventions",
     "RemoveGuidance": "interp.interventions",
@@ -47,7 +46,6 @@ __all__ = [
     "At",
     "Capture",
     "Edit",
-    "EncoderLayer",
     "HookRegistry",
     "InterpError",
     "Intervention",
@@ -85,7 +83,6 @@ if TYPE_CHECKING:
     from interp.interventions import Ablate as Ablate
     from interp.interventions import AddNoise as AddNoise
     from interp.interventions import Edit as Edit
-    from interp.interventions import EncoderLayer as EncoderLayer
     from interp.interventions import Intervention as Intervention
     from interp.interventions import NNsightEdit as NNsightEdit
     from interp.interventions import Patch as Patch

@@ -1,4 +1,4 @@
-"""The command line: `interp demo · trace · run · score · probe · probes · sites · info · verify`.
+"""The command line: `interp demo · trace · run · score · probe · probes · sites · info · verify · reproduce`.
 
 Exit codes: 0 done, 1 some samples failed, 2 the user's mistake (one sentence, no traceback).
 """
@@ -14,6 +14,7 @@ import yaml
 
 from interp.errors import InterpError
 from interp.job_commands import RunPath, add_commands
+from interp.reproduction.command import add_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,61 +94,29 @@ def trace(
     print(run.summary())
 
 
-def _list_metrics(wanted: bool) -> None:
-    if wanted:
-        from interp.scoring import list_metrics
-
-        _print_plugins(list_metrics())
-        raise typer.Exit
-
-
 @app.command()
 def score(
     run: RunPath,
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            "--metric",
-            "-m",
-            help="A metric, alone or against a column (clip:target) or condition (l1:baseline), or FILE.py:NAME; or "
-            "x0: decoded per step (repeatable). Default: clip, and judge for runs of scenes.",
+            "--metric", "-m", help="clip, judge, one with a column (clip:target), or x0: decoded per step (repeatable)."
         ),
-    ] = None,
-    param: Annotated[
-        list[str] | None, typer.Option("--param", "-p", metavar="NAME=VALUE", help="A metric's option (repeatable).")
     ] = None,
     clip_model: Annotated[str | None, typer.Option(help="Hub id of the CLIP for models other than scenes.")] = None,
     model: Annotated[str | None, typer.Option(help="For x0: the model that decodes; default is the run's own.")] = None,
     steps: Annotated[
         str | None, typer.Option(help="For x0: which steps, e.g. '0:50:5' or 0.2 for a fifth; default is all.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures that are read and scored together.")] = 32,
-    again: Annotated[bool, typer.Option("--again", help="Compute anew what is there already.")] = False,
-    each: Annotated[bool, typer.Option("--each", help="Print every sample's scores too.")] = False,
-    listed: Annotated[
-        bool, typer.Option("--list", is_eager=True, callback=_list_metrics, help="List the installed metrics.")
-    ] = False,
 ) -> None:
-    """Score a run's pictures and write the result into it; prints means with 95 % intervals by condition.
-
-    A plain file is executed: run only what you trust.
-    """
-    from interp.scoring import mean_scores
+    """Score a run's pictures against its texts and write the result into it; -m x0 decodes x̂0 at each step."""
     from interp.scoring import score as score_run
-    from interp.scoring.means import table
 
-    options = _assignments(param or []) | ({} if clip_model is None else {"clip_model": clip_model})
-    clash = sorted({"pipe", "steps", "batch_size", "again", "progress"} & set(options))
-    if clash:
-        raise InterpError(f"--param {clash[0]} is no metric's option; see interp score --help")
-    scored = score_run(
-        run, metric, pipe=model, steps=_steps(steps), batch_size=batch_size, again=again, progress=True, **options
-    )
-    if set(metric or ()) != {"x0"}:
-        if each:
-            print(scored.scores.to_pandas().to_string(float_format="%.3f"))
-        print(table(mean_scores(scored), scored.tree["scores"].attrs.get("by_condition")))
-    if "x0" in (metric or ()):
+    metrics = metric or ["clip", "judge"]
+    scored = score_run(run, metrics, clip_model=clip_model, pipe=model, steps=_steps(steps))
+    if set(metrics) != {"x0"}:
+        print(scored.scores.to_pandas().to_string(float_format="%.3f"))
+    if "x0" in metrics:
         print(f"x0: {' × '.join(f'{d} {n}' for d, n in scored.x0.sizes.items())}")
 
 
@@ -208,10 +177,7 @@ def probes() -> None:
     """List the installed probes."""
     from interp.probes import list_probes
 
-    _print_plugins(list_probes())
-
-
-def _print_plugins(found: list[Any]) -> None:
+    found = list_probes()
     width = max((len(p.name) for p in found), default=0)
     for p in found:
         print(f"{p.name:<{width}}  {p.summary}\n{'':<{width}}  {p.source}")
@@ -229,6 +195,7 @@ def sites(
 
 
 add_commands(app)
+add_command(app)
 
 
 def _long_table(result: Any) -> Any:

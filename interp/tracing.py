@@ -91,7 +91,7 @@ def trace(
     if scores:
         from interp.scoring import score
 
-        run = score(run, scores, progress=progress is True)
+        run = score(run, scores)
     return run
 
 

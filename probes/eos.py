@@ -36,7 +36,7 @@ class Pairing:
     target: np.ndarray
 
 
-@probe("eos_replacement", needs={"trajectory": ["latents"], "scores": True, "samples": ["condition"]}, plot=draw)
+@probe("eos_replacement", needs={"scores": True, "samples": ["condition"]}, plot=draw)
 def eos_replacement(
     run: Run,
     *,
@@ -59,7 +59,7 @@ def eos_replacement(
 
     Trace `conditions={"baseline": [], "eos": [interp.ReplaceEOS("{target}")]}`. For the question when EOS is used (section
     5.2), one condition for each window, `ReplaceEOS("{target}", stop=0.2)` and so on; for the number of EOS (appendix C),
-    `ReplaceTokens(roles=("eos", "pad"), value="repeat", count=n)` and `ReplaceEOS("{target}", skip=n)`: give `swap` all names.
+    `ReplaceTokens(roles=("eos", "pad"), value="repeat", count=…)` besides: give `swap` all their names.
 
     Parameters: `baseline`, `swap`, `target_condition` name conditions, and `swap` one or several; `target` names the
     column of the prompt table that holds B; `metrics` (None: all) are those of `/scores` with both "<metric>:prompt" and
@@ -68,9 +68,9 @@ def eos_replacement(
 
     Returns a Dataset, float64: `alignment` (pair, metric, image, text) for the images swap, source, target
     and the texts source, target; `advantage` (pair, metric) = the swap image's alignment with the target
-    minus that with the source; `latent_distance` (pair, step, reference) = ‖x_swap − x_ref‖/‖x_ref‖;
-    `image_distance` (pair, reference) = mean |difference| of the pixels, as a share of 255, if images were
-    captured. Their means over the pairs are in `alignment_mean`, `advantage_mean`, `latent_distance_mean`,
+    minus that with the source; `latent_distance` (pair, step, reference) = ‖x_swap − x_ref‖/‖x_ref‖, if latents
+    were captured; `image_distance` (pair, reference) = mean |difference| of the pixels, as a share of 255, if images
+    were captured. Their means over the pairs are in `alignment_mean`, `advantage_mean`, `latent_distance_mean`,
     `image_distance_mean`, with bootstrap 95 % intervals in `…_interval` (…, bound); `target_wins` (metric) is
     the share of pairs with positive advantage (a tie counts half), with `target_wins_interval`. Coordinates
     (pair): prompt, target_prompt, prompt_id, seed, and the samples `sample_swap sample_source sample_target`
@@ -122,13 +122,14 @@ def _one_swap(
             "the metric's own",
             "alignment of the swap image with the target minus that with the source",
         ),
-        "latent_distance": (
+    }
+    if "latents" in held(run, "trajectory"):
+        variables["latent_distance"] = (
             ("pair", "step", "reference"),
             _latent_distance(run, pairing),
             "1",
             "relative L2 distance of the latents",
-        ),
-    }
+        )
     if "image" in held(run, "images"):
         l1 = _image_distance(run, pairing)
         variables["image_distance"] = (

@@ -7,24 +7,27 @@ from typing import TYPE_CHECKING
 import xarray as xr
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 AXES = {"steps_exchanged": "steps with B's EOS", "tokens_repeated": "EOS tokens replaced by repeated words"}
 
 
 def draw(ds: xr.Dataset) -> Figure:
-    """Draw mean alignments with their intervals, and the swap's latent distances to both baselines.
+    """Draw mean alignments with their intervals, and the swap's latent distances to both baselines, if there are any.
 
     ds: the result of `eos_replacement`. One panel a metric (each has its own unit), one for the distances; for several
     swaps a panel a metric, over the steps exchanged, the tokens repeated, or the swaps' names.
     """
     if "swap" in ds.dims:
         return _draw_swept(ds)
-    from interp.probes.style import BLUE, ORANGE, new_figure, note, step_axis, title
+    from interp.probes.style import BLUE, ORANGE, new_figure, note, title
 
     colour = {"source": BLUE, "target": ORANGE}
     metrics = [str(m) for m in ds["metric"].values]
-    figure, (*panels, distance) = new_figure(len(metrics) + 1)
+    traced = "latent_distance_mean" in ds
+    figure, axes = new_figure(len(metrics) + traced)
+    panels = axes[: len(metrics)]
     labels = {"swap": "words A,\nEOS of B", "source": "prompt A", "target": "prompt B"}
     for ax, metric in zip(panels, metrics, strict=True):
         for k, text in enumerate(("source", "target")):
@@ -54,6 +57,19 @@ def draw(ds: xr.Dataset) -> Figure:
         )
         ax.grid(axis="y", color="0.9", linewidth=0.6)
         ax.legend(fontsize=7, frameon=False)
+    if traced:
+        _draw_distance(axes[-1], ds, colour)
+    note(
+        figure,
+        f"Means over {ds.attrs['pairs']} pairs; bars and bands: bootstrap 95 % intervals over {ds.attrs['resampled']}s.",
+    )
+    return figure
+
+
+def _draw_distance(distance: Axes, ds: xr.Dataset, colour: dict[str, str]) -> None:
+    """Distances of the swap's latents to those of both baselines, with bands."""
+    from interp.probes.style import step_axis, title
+
     for side in ("source", "target"):
         gap = ds["latent_distance_mean"].sel(reference=side)
         low, high = (ds["latent_distance_interval"].sel(reference=side, bound=b) for b in ("low", "high"))
@@ -64,11 +80,6 @@ def draw(ds: xr.Dataset) -> Figure:
     title(distance, "Distance of the swap's latents")
     step_axis(distance)
     distance.legend(fontsize=7, frameon=False)
-    note(
-        figure,
-        f"Means over {ds.attrs['pairs']} pairs; bars and bands: bootstrap 95 % intervals over {ds.attrs['resampled']}s.",
-    )
-    return figure
 
 
 def _draw_swept(ds: xr.Dataset) -> Figure:

@@ -18,6 +18,7 @@ class Sizes:
     pixels: int = 128
     text_layers: int = 8
     text_width: int = 128
+    pooling: str = "eos"  # what CLIP compares with pictures: the state of the first EOS, or the mean of the "words"
     vision_layers: int = 5
     vision_width: int = 160
     projection: int = 128

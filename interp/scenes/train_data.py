@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from interp.scenes.bpe import Encoder
-from interp.scenes.captions import altered, caption, drop, random_for
+from interp.scenes.captions import PLAIN_STYLE, altered, caption, drop, random_for
 from interp.scenes.grammar import WORDS
 from interp.scenes.world import render, sample
 
@@ -20,12 +20,15 @@ LENGTH = 56  # tokens of the longest caption and more; what follows the first EO
 class Stream(IterableDataset[dict[str, Tensor]]):
     """Batches without end: the numbers of the scenes, `ids` (scene, caption, token), `wrong` (scene, token).
 
-    `captions` is how many captions each scene gets; 0 for a phase that reads no text. `wrong` are hard negatives.
+    `captions` is how many captions each scene gets; 0 for a phase that reads no text. `wrong` are hard negatives, `plain`
+    the share of short plain captions.
     Workers and resumed runs draw from seeds of their own.
     """
 
-    def __init__(self, batch: int, captions: int, seed: tuple[int, ...], wrong: bool = False) -> None:
-        self.batch, self.captions, self.seed, self.wrong = batch, captions, seed, wrong
+    def __init__(
+        self, batch: int, captions: int, seed: tuple[int, ...], wrong: bool = False, plain: float = PLAIN_STYLE
+    ) -> None:
+        self.batch, self.captions, self.seed, self.wrong, self.plain = batch, captions, seed, wrong, plain
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
@@ -37,9 +40,9 @@ class Stream(IterableDataset[dict[str, Tensor]]):
             said, wrong = [], []
             for scene in draft.scenes() if self.captions else []:
                 told = [drop(scene, words) for _ in range(self.captions)]
-                said.append([encode(caption(t, words), LENGTH) for t in told])
+                said.append([encode(caption(t, words, self.plain), LENGTH) for t in told])
                 if self.wrong:
-                    wrong.append(encode(caption(altered(told[0], words), words), LENGTH))
+                    wrong.append(encode(caption(altered(told[0], words), words, self.plain), LENGTH))
             if said:
                 batch["ids"] = torch.tensor(said, dtype=torch.int32)
             if wrong:
@@ -48,11 +51,17 @@ class Stream(IterableDataset[dict[str, Tensor]]):
 
 
 def stream(
-    batch: int, captions: int, seed: tuple[int, ...], workers: int, device: str, wrong: bool = False
+    batch: int,
+    captions: int,
+    seed: tuple[int, ...],
+    workers: int,
+    device: str,
+    wrong: bool = False,
+    plain: float = PLAIN_STYLE,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield batches of a Stream as tensors on `device`, made ahead by `workers` processes."""
     loader: DataLoader[dict[str, Tensor]] = DataLoader(
-        Stream(batch, captions, seed, wrong),
+        Stream(batch, captions, seed, wrong, plain),
         batch_size=None,
         num_workers=workers,
         pin_memory=device == "cuda",

@@ -30,6 +30,8 @@ class Plan:
     budget: float = float("inf")  # of seconds in all calls together: the schedule ends here if the steps do not
     seed: int = 0
     workers: int = 0
+    plain: float = 0.5  # the share of captions that are short and plain
+    negatives: bool = True  # whether CLIP also sees captions that are wrong in one thing
     device: str = "cpu"
     compiled: bool = False
 

@@ -105,13 +105,22 @@ def train_clip(plan: Plan, sizes: Sizes) -> None:
     model = build_clip(sizes).to(plan.device)
     course = Course(model, plan)
     artist = Artist(sizes.pixels, plan.seed * 1000 + 1 + course.step, plan.device, plan.compiled)
-    batches = stream(plan.batch, 1, (2, plan.seed, course.step), plan.workers, plan.device, wrong=True)
+    batches = stream(
+        plan.batch, 1, (2, plan.seed, course.step), plan.workers, plan.device, wrong=plan.negatives, plain=plan.plain
+    )
     degrade = _degraded(plan, artist)
+    end = vocabulary(WORDS)[0][EOS]
+
+    def pooled(text: Any, ids: Tensor) -> Tensor:
+        if sizes.pooling == "eos":
+            return text.pooler_output
+        words = ((ids != end).int().cumprod(-1) * (torch.arange(ids.shape[1], device=ids.device) > 0))[..., None]
+        return (text.last_hidden_state * words).sum(1) / words.sum(1)
 
     def loss_of(images: Tensor, ids: Tensor) -> Tensor:
         with _autocast(plan):
             seen = model.visual_projection(model.vision_model(pixel_values=images).pooler_output)
-            said = model.text_projection(model.text_model(input_ids=ids).pooler_output)
+            said = model.text_projection(pooled(model.text_model(input_ids=ids), ids))
         seen, said = F.normalize(seen.float(), dim=-1), F.normalize(said.float(), dim=-1)
         logits = seen @ said.T * model.logit_scale.exp()
         target = torch.arange(len(seen), device=seen.device)
@@ -124,7 +133,8 @@ def train_clip(plan: Plan, sizes: Sizes) -> None:
         images = degrade(i, artist(batch))
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        return compiled(images, torch.cat([batch["ids"][:, 0], batch["wrong"]]).long())
+        said = [batch["ids"][:, 0], *([batch["wrong"]] if plan.negatives else [])]
+        return compiled(images, torch.cat(said).long())
 
     course.run(step)
     course.average_into(model)
@@ -171,7 +181,7 @@ def train_unet(plan: Plan, sizes: Sizes) -> None:
     model = _ready(build_unet(sizes), plan)
     course = Course(model, plan)
     artist = Artist(sizes.pixels, plan.seed * 1000 + 3 + course.step, plan.device, plan.compiled)
-    batches = stream(plan.batch, REUSE, (4, plan.seed, course.step), plan.workers, plan.device)
+    batches = stream(plan.batch, REUSE, (4, plan.seed, course.step), plan.workers, plan.device, plain=plan.plain)
     alphas = build_scheduler().alphas_cumprod.to(plan.device)
     ids_of, _ = vocabulary(WORDS)
     empty = torch.tensor([ids_of[BOS], *[ids_of[EOS]] * (POSITIONS - 1)], device=plan.device)

@@ -49,3 +49,21 @@ def test_schedule_ends_by_seconds_or_steps(tmp_path):
     assert rate(400, 10, plan) == 1.0
     assert rate(400, 75, plan) == pytest.approx(0.5)
     assert rate(1000, 0, plan) == 0.0
+
+
+def test_a_variant_is_trained_measured_and_goes_on(tmp_path):
+    from interp.scenes import variants
+
+    base = ["words", "--out", str(tmp_path), "--smoke", "--device", "cpu", "--alone", "words"]
+    asked = variants.arguments().parse_args(base)
+    variants._share_parts(tmp_path, True, "cpu")
+    variants.main(base)
+    first = json.loads((tmp_path / "words" / "result.json").read_text())
+    assert first["clip"]["steps"] == first["unet"]["steps"] == 2 and first["n"] == 2
+    for condition in ("whole", "words of A, EOS of B", "words only", "EOS only"):
+        with_a, with_b, gap = (first[condition][k]["value"] for k in ("with A", "with B", "B − A"))
+        assert 0 <= with_a <= 1 and gap == pytest.approx(with_b - with_a, abs=1e-3)
+    variants.one("words", asked)  # what is trained is not trained again
+    assert json.loads((tmp_path / "words" / "result.json").read_text()) == first
+    with pytest.raises(SystemExit, match="no variant deep"):
+        variants.main(["deep", "--device", "cpu"])

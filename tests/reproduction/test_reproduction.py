@@ -1,0 +1,188 @@
+"""The whole reproduction, tiny: all experiments on scenes, two pairs, four steps, small pictures.
+
+What the pictures show at this size means nothing; that the numbers are those of the stores is what is tested.
+"""
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from interp import InterpError
+from interp.reproduction import Settings, reproduce
+from interp.reproduction.measures import Check, Estimate, verdict
+from tests.test_cli import interp
+
+pytestmark = pytest.mark.xdist_group("reproduction")
+TINY = {
+    "pairs": 2,
+    "steps": 4,
+    "attention_prompts": 4,
+    "trajectory_prompts": 2,
+    "shares": (0.25, 0.5),
+    "size": (32, 32),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reproduction that began with one experiment and then grew to all."""
+    out = tmp_path_factory.mktemp("reproduction") / "out"
+    said = reproduce(out, Settings(**TINY, resamples=200), only=["E4"], progress=False)
+    assert said.startswith("E4 ") and not (out / "removal.zarr").exists()
+    said = reproduce(out, Settings(**TINY, resamples=200), progress=False)
+    assert [line.split()[0] for line in said.splitlines()][:14] == [f"E{k}" for k in range(1, 15)]
+    return out
+
+
+@pytest.fixture(scope="module")
+def numbers(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "numbers.json").read_text())
+
+
+def row(numbers: dict[str, Any], key: str, first: Any, table: int = 0) -> dict[str, Any]:
+    """A row of an experiment's table, by its first cell, as column → value."""
+    found = numbers[key]["tables"][table]
+    return dict(zip(found["columns"], next(r for r in found["rows"] if r[0] == first), strict=True))
+
+
+def test_alignment_under_exchanged_eos_is_the_stores(folder: Path, numbers: dict[str, Any]) -> None:
+    tree = xr.open_datatree(folder / "exchange.zarr", engine="zarr")
+    mine = (tree["condition"] == "EOS of B").values
+    scores = tree["scores/score"].isel(sample=mine)
+    found = row(numbers, "E4", "attribute judge")
+    assert found["source A (words)"]["value"] == pytest.approx(float(scores.sel(metric="judge:prompt").mean()))
+    assert found["target B (EOS)"]["value"] == pytest.approx(float(scores.sel(metric="judge:target").mean()))
+    assert found["B − A"]["n"] == len(np.unique(tree["pair"].values[mine])) == 2
+
+
+def test_passes_saved_and_distance_are_the_stores(folder: Path, numbers: dict[str, Any]) -> None:
+    tree = xr.open_datatree(folder / "removal.zarr", engine="zarr")
+    pictures, condition = tree["images/image"].astype(float), tree["condition"].values
+    late, base = (np.flatnonzero(condition == c) for c in ("no text in the last 2 steps", "baseline"))
+    assert tree["prompt_id"].values[late].tolist() == tree["prompt_id"].values[base].tolist()
+    found = row(numbers, "E8", 2)
+    l1 = np.abs(pictures.values[late] - pictures.values[base]).mean() / 255
+    assert found["L1"]["value"] == pytest.approx(l1, rel=1e-6) and l1 > 0
+    passes = tree["trajectory/nfe"].sum("branch").values
+    assert (
+        found["passes saved"] == pytest.approx(1 - passes[late].sum() / passes[base].sum()) == found["a/(2T)"] == 0.25
+    )
+
+
+def test_attention_to_bos_is_the_stores(folder: Path, numbers: dict[str, Any]) -> None:
+    tree = xr.open_datatree(folder / "attention.zarr", engine="zarr")
+    base, layers = (tree["condition"] == "baseline").values, []
+    for grid in tree["attention"].children.values():
+        bos = grid["probs"].isel(sample=base, token=0).sel(branch="cond")
+        assert set(grid["token_role"].values[base][:, 0].tolist()) == {"bos"}
+        layers += bos.astype(float).mean(["sample", "step", "head", "query_y", "query_x"]).values.tolist()
+    assert row(numbers, "E3", "[SOS]")["a token"]["value"] == pytest.approx(np.mean(layers), rel=1e-3)
+
+
+def test_guidance_is_the_stores(folder: Path, numbers: dict[str, Any]) -> None:
+    trajectory = xr.open_datatree(folder / "trajectory.zarr", engine="zarr")["trajectory"]
+    gap = trajectory["noise_pred"].sel(branch="cond") - trajectory["noise_pred"].sel(branch="uncond")
+    norm = trajectory["guidance_scale"] * np.sqrt((gap.astype(float) ** 2).mean(["channel", "y", "x"]))
+    assert row(numbers, "E7", 4)["guidance"]["value"] == pytest.approx(float(norm.isel(step=0).mean()), rel=1e-5)
+
+
+def test_verdicts_follow_the_printed_rule(folder: Path, numbers: dict[str, Any]) -> None:
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    nan = float("nan")
+    for key, found in numbers.items():
+        checks = []
+        for c in found["checks"]:
+            number = Estimate(*(nan if c[k] is None else c[k] for k in ("value", "low", "high")), c["n"])
+            side, bound = c["rule"].split()
+            checks.append(Check("", number, side, float(bound.replace("−", "-")), c["decides"]))
+            assert checks[-1].state == c["state"], (key, c)
+        assert verdict(checks) == found["verdict"]
+        section = page.split(f'<section id="{key}">')[1].split("</section>")[0]
+        assert found["verdict"] in section and "out of reach" not in section
+    assert "out of reach" in page.split('<section id="E14">')[1]
+    judged = [c for c in numbers["E4"]["checks"] if c["decides"]]
+    assert len(judged) == 1 and "judge" in judged[0]["claim"]  # CLIP pools at EOS: it does not decide
+
+
+def test_the_page_needs_nothing_from_outside(folder: Path) -> None:
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    links = set(re.findall(r'(?:src|href)="([^"]*)"', page))
+    outside = {one for one in links if not one.startswith(("data:", "#"))}
+    assert outside == {f"{name}.zarr/" for name in ("exchange", "removal", "fewer_steps", "attention", "trajectory")}
+    assert all((folder / one).is_dir() for one in outside)
+    assert not re.search(r"<script|<link|@import|url\(http", page)
+    assert page.count("<svg") >= 10 and page.count("<section") == 15
+    for claim in ("Section 5.1, Table 1", "left open", "95 %"):
+        assert claim in page
+
+
+def files(folder: Path) -> Iterator[tuple[str, int]]:
+    for path in sorted(folder.rglob("c/*")):
+        if path.is_file():
+            yield str(path.relative_to(folder)), path.stat().st_mtime_ns
+
+
+def test_the_same_command_again_makes_nothing_new(folder: Path, numbers: dict[str, Any]) -> None:
+    before = dict(files(folder))
+    said = reproduce(folder, Settings(**TINY, resamples=200), only=["E8", "E14"], progress=False)
+    assert said.splitlines()[1].startswith("E14  out of reach")
+    assert dict(files(folder)) == before
+    again = json.loads((folder / "numbers.json").read_text())
+    assert again == {"E8": numbers["E8"]}
+
+
+def test_what_cannot_be_mixed_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InterpError, match="steps=4, and 8 was asked for"):
+        reproduce(folder, Settings(**{**TINY, "steps": 8}), progress=False)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(InterpError, match="holds something else"):
+        reproduce(tmp_path, Settings(**TINY), progress=False)
+    done = interp("reproduce", "--only", "E4,E88", "--out", str(tmp_path / "new"))
+    assert done.returncode == 2 and "no experiment 'E88'" in done.stderr and not (tmp_path / "new").exists()
+    done = interp("reproduce", "--pairs", "1", "--out", str(tmp_path / "new"))
+    assert done.returncode == 2 and "pairs=1" in done.stderr
+
+
+def test_another_model_and_files_of_prompts(tmp_path: Path) -> None:
+    """A folder as model and T2I-CompBench's files, by the command line; experiments that need no scores."""
+    from interp.scenes import folder as weights
+
+    for name, text in {"color": "a red cup and a blue dog", "texture": "a wooden cup and a metallic dog"}.items():
+        (tmp_path / f"{name}.txt").write_text("".join(f"{text}{i}\n" for i in range(3)))
+    (tmp_path / "complex.txt").write_text("The red cup is on the wooden table.\nThe dog runs.\n")
+    out = tmp_path / "out"
+    done = interp(
+        "reproduce", "--model", str(weights()), "--quick", "--pairs", "2", "--steps", "4", "--size", "32x32",
+        "--prompts", str(tmp_path), "--only", "E2,E7", "--out", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "16 forward passes" in done.stderr  # printed before it begins
+    assert "color.txt gives 3 prompts where the paper's PromptSet has 800." in html.unescape(
+        (out / "report.html").read_text(encoding="utf-8")
+    )
+    assert set(json.loads((out / "numbers.json").read_text())) == {"E2", "E7"}
+    prompts = xr.open_datatree(out / "trajectory.zarr", engine="zarr")["prompt"].values.tolist()
+    assert len(prompts) == 2 and all(" and a" in p for p in prompts)
+
+
+def test_coco_captions_take_the_place_of_prompts_in_one_experiment(tmp_path: Path) -> None:
+    from interp.reproduction.catalog import chosen, wanted_runs
+    from interp.reproduction.runs import recipes
+
+    path = tmp_path / "captions.json"
+    rows = [{"image_id": i, "id": i, "caption": f"a dog and {i} cats"} for i in range(4)]
+    path.write_text(json.dumps({"annotations": rows}))
+    settings = Settings(**TINY, coco=str(path))
+    made = {r.name: r for r in recipes(settings, wanted_runs(chosen(None), settings))}
+    assert set(made) == {"captions", "fewer_steps", "removal", "exchange", "attention", "trajectory"}
+    for name, recipe in made.items():
+        of_coco = all("cats" in row["prompt"] for row in recipe.rows)
+        assert of_coco == (name in ("captions", "fewer_steps")), name
+    assert not set(made["removal"].conditions) & {"no text in the last 3 steps"}
