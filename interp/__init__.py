@@ -29,6 +29,7 @@ _HOME = {
     "Patch": "interp.interventions",
     "Steer": "interp.interventions",
     "Edit": "interp.interventions",
+    "EncoderLayer": "interp.interventions",
     "NNsightEdit": "interp.interventions",
     "RemoveText": "interp.interventions",
     "RemoveGuidance": "interp.interventions",
@@ -46,6 +47,7 @@ __all__ = [
     "At",
     "Capture",
     "Edit",
+    "EncoderLayer",
     "HookRegistry",
     "InterpError",
     "Intervention",
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from interp.interventions import Ablate as Ablate
     from interp.interventions import AddNoise as AddNoise
     from interp.interventions import Edit as Edit
+    from interp.interventions import EncoderLayer as EncoderLayer
     from interp.interventions import Intervention as Intervention
     from interp.interventions import NNsightEdit as NNsightEdit
     from interp.interventions import Patch as Patch

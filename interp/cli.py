@@ -94,29 +94,61 @@ def trace(
     print(run.summary())
 
 
+def _list_metrics(wanted: bool) -> None:
+    if wanted:
+        from interp.scoring import list_metrics
+
+        _print_plugins(list_metrics())
+        raise typer.Exit
+
+
 @app.command()
 def score(
     run: RunPath,
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            "--metric", "-m", help="clip, judge, one with a column (clip:target), or x0: decoded per step (repeatable)."
+            "--metric",
+            "-m",
+            help="A metric, alone or against a column (clip:target) or condition (l1:baseline), or FILE.py:NAME; or "
+            "x0: decoded per step (repeatable). Default: clip, and judge for runs of scenes.",
         ),
+    ] = None,
+    param: Annotated[
+        list[str] | None, typer.Option("--param", "-p", metavar="NAME=VALUE", help="A metric's option (repeatable).")
     ] = None,
     clip_model: Annotated[str | None, typer.Option(help="Hub id of the CLIP for models other than scenes.")] = None,
     model: Annotated[str | None, typer.Option(help="For x0: the model that decodes; default is the run's own.")] = None,
     steps: Annotated[
         str | None, typer.Option(help="For x0: which steps, e.g. '0:50:5' or 0.2 for a fifth; default is all.")
     ] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures that are read and scored together.")] = 32,
+    again: Annotated[bool, typer.Option("--again", help="Compute anew what is there already.")] = False,
+    each: Annotated[bool, typer.Option("--each", help="Print every sample's scores too.")] = False,
+    listed: Annotated[
+        bool, typer.Option("--list", is_eager=True, callback=_list_metrics, help="List the installed metrics.")
+    ] = False,
 ) -> None:
-    """Score a run's pictures against its texts and write the result into it; -m x0 decodes x̂0 at each step."""
-    from interp.scoring import score as score_run
+    """Score a run's pictures and write the result into it; prints means with 95 % intervals by condition.
 
-    metrics = metric or ["clip", "judge"]
-    scored = score_run(run, metrics, clip_model=clip_model, pipe=model, steps=_steps(steps))
-    if set(metrics) != {"x0"}:
-        print(scored.scores.to_pandas().to_string(float_format="%.3f"))
-    if "x0" in metrics:
+    A plain file is executed: run only what you trust.
+    """
+    from interp.scoring import mean_scores
+    from interp.scoring import score as score_run
+    from interp.scoring.means import table
+
+    options = _assignments(param or []) | ({} if clip_model is None else {"clip_model": clip_model})
+    clash = sorted({"pipe", "steps", "batch_size", "again", "progress"} & set(options))
+    if clash:
+        raise InterpError(f"--param {clash[0]} is no metric's option; see interp score --help")
+    scored = score_run(
+        run, metric, pipe=model, steps=_steps(steps), batch_size=batch_size, again=again, progress=True, **options
+    )
+    if set(metric or ()) != {"x0"}:
+        if each:
+            print(scored.scores.to_pandas().to_string(float_format="%.3f"))
+        print(table(mean_scores(scored), scored.tree["scores"].attrs.get("by_condition")))
+    if "x0" in (metric or ()):
         print(f"x0: {' × '.join(f'{d} {n}' for d, n in scored.x0.sizes.items())}")
 
 
@@ -177,7 +209,10 @@ def probes() -> None:
     """List the installed probes."""
     from interp.probes import list_probes
 
-    found = list_probes()
+    _print_plugins(list_probes())
+
+
+def _print_plugins(found: list[Any]) -> None:
     width = max((len(p.name) for p in found), default=0)
     for p in found:
         print(f"{p.name:<{width}}  {p.summary}\n{'':<{width}}  {p.source}")

@@ -91,7 +91,7 @@ def trace(
     if scores:
         from interp.scoring import score
 
-        run = score(run, scores)
+        run = score(run, scores, progress=progress is True)
     return run
 
 

@@ -9,8 +9,8 @@ Nothing here imports torch, and matplotlib is imported only when something is dr
 """
 
 from interp.probes.base import Parameter, Probe, probe
-from interp.probes.discovery import ProbeInfo, find_probe, list_probes
+from interp.probes.discovery import PluginInfo, find_probe, list_probes
 from interp.probes.needs import require
 from interp.probes.plotting import plot
 
-__all__ = ["Parameter", "Probe", "ProbeInfo", "find_probe", "list_probes", "plot", "probe", "require"]
+__all__ = ["Parameter", "PluginInfo", "Probe", "find_probe", "list_probes", "plot", "probe", "require"]

@@ -1,4 +1,4 @@
-"""Where each token and word is attended to (DAAM, arXiv:2210.04885), and how much each role gets."""
+"""Where each token and word is attended to, by log-odds or as DAAM has it (arXiv:2210.04885), and what each role gets."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from interp.probes.attribution_plot import draw_maps, draw_mass
 from interp.probes.base import probe
 from interp.probes.labels import check_option, sample_labels
 from interp.probes.maps import ROLES, Grid, layer_labels, on_all_steps, open_grids, reduce_sample, resize, role_mass
-from interp.probes.words import chosen_words
+from interp.probes.rivals import log_odds, logarithm
+from interp.probes.words import Words, chosen_words
 from interp.stores.errors import InterpError
 
 if TYPE_CHECKING:
     from interp.stores import Run
 
+RECIPES = {"rival": "rival", "daam": "token"}  # and how each is normalised if nothing else is asked for
 NORMALIZE = {
+    "rival": "nats (log-odds against the pixel's strongest other word)",
     "token": "1 (share of the pixel's attention to all captured tokens)",
     "words": "1 (share of the pixel's attention to the prompt's words)",
     "space": "1 (share of the map's sum)",
@@ -34,44 +37,52 @@ def token_attribution(
     steps: int | str | slice | Sequence[int] | None = None,
     layers: str | Sequence[str] | None = None,
     words: Sequence[str | tuple[str, int]] | str | None = None,
-    normalize: str = "token",
+    recipe: str = "rival",
+    normalize: str | None = None,
     grid: str = "latent",
 ) -> xr.Dataset:
-    """Heat maps of each token and word of the prompt: its share of the image's attention (1), as DAAM does.
+    """Heat maps of each token and word of the prompt: by how much it wins a pixel (nats), or its share (1) as in DAAM.
 
-    The maps of each layer and head are averaged over the steps, resized bicubically to one grid, clamped at
-    0, and averaged over heads and layers (conditional branch; a step where that branch was not evaluated is
-    left out). A word's map is the mean of its sub-tokens' maps, and so is a span's.
+    `recipe` "rival" averages the logarithms of the attention of every layer, head and step, on one grid: a geometric
+    mean, in which a head that sees nothing anywhere has no say. From each word's map it takes, at each pixel, that of
+    the strongest other word, so that what a pixel gives to every word alike is gone. Measured on true masks it finds
+    objects much better than "daam" (docs/attribution.md). A prompt of one word has the other tokens as rivals.
+    "daam" averages the attention itself: the maps of each layer and head over the steps, resized bicubically, clamped at
+    0, averaged over heads and layers. Both use the conditional branch; a step where it was not evaluated is left out. A
+    word's map is the mean of its sub-tokens' maps (of their logarithms), and so is a span's.
 
-    Parameters: `steps` None (all captured), a step, several, a slice or "start:stop", half-open; `layers`
-    None (all of all grids) or site names with wildcards; `words` None (all, in the prompt's order) or the
-    words wanted, where "red" is the first red and ("red", 1) or "red#1" the second; `grid` "latent" (the
-    latents' size; without latents, the finest captured grid) or e.g. "32x32". `normalize`: "token" divides by
-    the sum over all captured tokens at each pixel; "words" by that over the word tokens alone (DAAM's
-    option); "space" makes each map sum to 1; "max" makes its maximum 1; "none" leaves attention
-    probabilities.
+    Parameters: `steps` None (all captured), a step, several, a slice or "start:stop", half-open (late steps find
+    objects best); `layers` None (all of all grids) or site names with wildcards; `words` None (all, in the prompt's
+    order) or the words wanted, where "red" is the first red and ("red", 1) or "red#1" the second; `grid` "latent" (the
+    latents' size; without latents, the finest captured grid) or e.g. "32x32". `normalize`: None (the recipe's own),
+    "rival" subtracts the logarithm of the strongest other word; "token" divides by the sum over all captured tokens at
+    each pixel (DAAM); "words" by that over the word tokens alone (DAAM's option); "space" makes each map sum to 1; "max"
+    makes its maximum 1; "none" leaves attention probabilities.
 
     Returns a Dataset: `token_map` (sample, token, y, x) with token_text, token_role, token_word, token_count
     (sample, token); `word_map` (sample, word, y, x) with word_text and word_occurrence (sample, word), NaN
     where a prompt has no such token or word; `mass` and `mass_per_token` (sample, step, layer, role) as in
     `attention_mass`; and, if captured, `image` (sample, thumb_y, thumb_x, rgb), thumbnails for the plot.
 
-    Raises InterpError for steps, layers or words that are not there, and for an unknown `normalize` or
-    `grid`. Source: Tang et al., "What the DAAM", arXiv:2210.04885 (which leaves out the coarsest grid: use
-    `layers`).
+    Raises InterpError for steps, layers or words that are not there, and for an unknown `recipe`, `normalize` or
+    `grid`. Source: Tang et al., "What the DAAM", arXiv:2210.04885 (whose code leaves out the coarsest grid: use
+    `layers`); "rival" is ours: a product of experts of the heads (Hinton 2002), and a margin.
 
     >>> from interp.stores import synthetic_run
-    >>> ds = token_attribution(synthetic_run(samples=2, steps=6, seed=0))
+    >>> ds = token_attribution(synthetic_run(samples=2, steps=6, seed=0), recipe="daam")
     >>> ds["token_map"].dims, ds["word_map"].dims
     (('sample', 'token', 'y', 'x'), ('sample', 'word', 'y', 'x'))
     >>> bool(np.allclose(ds["token_map"].sum("token"), 1))
     True
     """
+    check_option("token_attribution", "recipe", recipe, tuple(RECIPES))
+    normalize = RECIPES[recipe] if normalize is None else normalize
     check_option("token_attribution", "normalize", normalize, tuple(NORMALIZE))
     grids = open_grids(run, steps=steps, layers=layers)
     height, width = grid_size(run, grids, grid)
     table = grids[0].table
-    vocabulary = chosen_words(table, words)
+    vocabulary, everyone = chosen_words(table, words), chosen_words(table, None)
+    logs = recipe == "rival"
     samples, tokens = table.sizes["sample"], table.sizes["token"]
     token_map = np.full((samples, tokens, height, width), np.nan)
     word_map = np.full((samples, vocabulary.text.shape[1], height, width), np.nan)
@@ -79,15 +90,21 @@ def token_attribution(
     for i in range(samples):
         total, layers_seen = np.zeros((tokens, height, width)), 0
         for g, one in enumerate(grids):
-            maps, mass = reduce_sample(one, i)
+            maps, mass = reduce_sample(one, i, logarithm) if logs else reduce_sample(one, i)
             for layer in maps:  # one at a time: a layer of all heads on the latent grid is large enough
-                total += resize(layer, height, width).mean(0)
+                total += resize(layer, height, width, low=-np.inf if logs else 0.0).mean(0)
                 layers_seen += 1
             masses[g].append(mass)
         roles = table["role"].values[i]
         total /= layers_seen
         total[roles == ""] = np.nan
-        token_map[i], word_map[i] = _normalised(total, vocabulary.of(total, i), roles, normalize)
+        worded = vocabulary.of(total, i)
+        if normalize == "rival":
+            both = (total, worded) if logs else (logarithm(total), logarithm(worded))
+            token_map[i], word_map[i] = _against_rivals(both[0], both[1], vocabulary, everyone, i)
+        else:
+            both = (np.exp(total), np.exp(worded)) if logs else (total, worded)
+            token_map[i], word_map[i] = _normalised(both[0], both[1], roles, normalize)
     units = NORMALIZE[normalize]
     result = xr.Dataset(
         {
@@ -100,7 +117,7 @@ def token_attribution(
             **_mass_variables(grids, masses),
         },
         {**sample_labels(run), **_token_coords(table), **_mass_coords(grids), **vocabulary.coords()},
-        {"normalize": normalize, "grid": f"{height}x{width}"},
+        {"recipe": recipe, "normalize": normalize, "grid": f"{height}x{width}"},
     )
     if "images" in run.tree.children and "thumb" in run.tree["images"].dataset:
         thumb = run.tree["images"].to_dataset()["thumb"].reset_coords(drop=True)
@@ -151,6 +168,25 @@ def _normalised(maps: np.ndarray, words: np.ndarray, roles: np.ndarray, how: str
             size = np.sum if how == "space" else np.max
             return tuple(m / size(m, axis=(1, 2), keepdims=True) for m in (maps, words))
         return maps, words
+
+
+def _against_rivals(
+    tokens: np.ndarray, words: np.ndarray, vocabulary: Words, everyone: Words, i: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the log-odds of token maps (token, y, x) and word maps (word, y, x), given as logarithms, of one sample."""
+    there = everyone.member[i].any(1)
+    member, rivals = everyone.member[i][there], everyone.of(tokens, i)[there]
+    others = np.flatnonzero(
+        ~member.any(0) & np.isfinite(tokens).any((1, 2))
+    )  # no words: rivals where there is no other
+    found = []
+    for maps, mine in ((tokens, np.eye(len(tokens), dtype=bool)), (words, vocabulary.member[i])):
+        # A token's own word is no rival of it, nor are the words of a span.
+        whole = (mine @ (member.T @ member)) | mine
+        odds = log_odds(maps, rivals, whole @ member.T)
+        alone = np.isnan(odds) & np.isfinite(maps)
+        found.append(np.where(alone, log_odds(maps, tokens[others], mine[:, others]), odds))
+    return found[0], found[1]
 
 
 def _mass_variables(grids: list[Grid], masses: list[list[np.ndarray]]) -> dict[str, Any]:

@@ -47,8 +47,8 @@ class Plugin:
 
 
 @dataclass(frozen=True)
-class ProbeInfo:
-    """One line of a listing: the name, the docstring's first line, and where the probe comes from."""
+class PluginInfo:
+    """One line of a listing: the name, the docstring's first line, and where the plugin comes from."""
 
     name: str
     summary: str
@@ -156,13 +156,22 @@ def find_probe(name: str | Path | Probe) -> Probe:
     return found
 
 
-def list_probes() -> list[ProbeInfo]:
+def list_probes() -> list[PluginInfo]:
     """Return name, summary and source of every installed probe, sorted by name; imports none of them.
 
     >>> [info.name for info in list_probes() if "interp.probes.frequency" in info.source]
     ['frequency_energy']
     """
-    return [ProbeInfo(p.name, _summary(p.target), f"{p.target} of {p.distribution}") for p in plugins(PROBES)]
+    return list_plugins(PROBES)
+
+
+def list_plugins(group: str) -> list[PluginInfo]:
+    """Return name, summary and source of every plugin of a group, sorted by name; imports none of them.
+
+    >>> [info.name for info in list_plugins("interp.probes")][:2]
+    ['acceleration', 'attention_convergence']
+    """
+    return [PluginInfo(p.name, _summary(p.target), f"{p.target} of {p.distribution}") for p in plugins(group)]
 
 
 def loaded_probe(name: str) -> Probe | None:

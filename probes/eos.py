@@ -59,7 +59,7 @@ def eos_replacement(
 
     Trace `conditions={"baseline": [], "eos": [interp.ReplaceEOS("{target}")]}`. For the question when EOS is used (section
     5.2), one condition for each window, `ReplaceEOS("{target}", stop=0.2)` and so on; for the number of EOS (appendix C),
-    `ReplaceTokens(roles=("eos", "pad"), value="repeat", count=…)` besides: give `swap` all their names.
+    `ReplaceTokens(roles=("eos", "pad"), value="repeat", count=n)` and `ReplaceEOS("{target}", skip=n)`: give `swap` all names.
 
     Parameters: `baseline`, `swap`, `target_condition` name conditions, and `swap` one or several; `target` names the
     column of the prompt table that holds B; `metrics` (None: all) are those of `/scores` with both "<metric>:prompt" and

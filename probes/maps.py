@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -105,12 +105,14 @@ def chosen_steps(captured: np.ndarray, steps: Any) -> np.ndarray:
     return positions
 
 
-def reduce_sample(grid: Grid, i: int) -> tuple[np.ndarray, np.ndarray]:
+def reduce_sample(
+    grid: Grid, i: int, of: Callable[[np.ndarray], np.ndarray] = lambda maps: maps
+) -> tuple[np.ndarray, np.ndarray]:
     """Return two float64 means of one sample's maps, read in blocks of a few steps.
 
-    First the mean over the steps, (layer, head, token, y, x); steps at which the branch was not evaluated
-    (NaN) are left out. Second the mean over heads and pixels at each step, (step, layer, token). Both are NaN
-    where nothing was evaluated.
+    First the mean over the steps, (layer, head, token, y, x), of the maps or of what `of` makes of them; steps at which
+    the branch was not evaluated (NaN) are left out. Second the mean of the maps over heads and pixels at each step,
+    (step, layer, token). Both are NaN where nothing was evaluated.
     """
     shape = grid.probs.isel(sample=i).shape[1:]
     total = np.zeros(shape, dtype=np.float64)
@@ -119,7 +121,7 @@ def reduce_sample(grid: Grid, i: int) -> tuple[np.ndarray, np.ndarray]:
     for maps in maps_by_step(grid, i):
         mass.append(maps.mean((1, 3, 4)))
         there = np.isfinite(maps)
-        total += np.where(there, maps, 0)
+        total += np.where(there, of(maps), 0)
         count += there
     with np.errstate(invalid="ignore"):
         return total / np.where(count == 0, np.nan, count), np.stack(mass)
@@ -168,10 +170,10 @@ def resize_matrix(size: int, to: int) -> np.ndarray:
     return matrix
 
 
-def resize(maps: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return maps (…, y, x) resized bicubically to (…, height, width), clamped at 0: cubics undershoot."""
+def resize(maps: np.ndarray, height: int, width: int, *, low: float = 0.0) -> np.ndarray:
+    """Return maps (…, y, x) resized bicubically to (…, height, width), clamped at `low`: cubics undershoot."""
     rows, columns = resize_matrix(maps.shape[-2], height), resize_matrix(maps.shape[-1], width)
-    return np.maximum(rows @ maps @ columns.T, 0)
+    return np.maximum(rows @ maps @ columns.T, low)
 
 
 def all_steps(grids: list[Grid]) -> np.ndarray:

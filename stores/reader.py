@@ -238,6 +238,13 @@ class Run:
         """The run of the finished samples."""
         return self.isel(self.samples["status"].to_numpy() == DONE)
 
+    def reopened(self) -> "Run":
+        """Return the run of the same samples with what has been written since it was opened."""
+        if self.path is None:
+            return self
+        run = open_run(self.path)
+        return run if self._rows is None else run.isel(self._rows)
+
     def unstack(self) -> xr.DataTree:
         """Return the tree with dims condition × prompt_id × seed in place of sample; dask arrays, loaded
         piece by piece.
@@ -248,13 +255,14 @@ class Run:
 
     # What is added, and what is asked
 
-    def write_scores(self, metrics: Mapping[str, Any]) -> None:
+    def write_scores(self, metrics: Mapping[str, Any], attrs: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """Write scores, one value a sample of this run; metrics of that name are replaced, others kept.
 
-        On disk a reader sees all of it or nothing. In a selection the other samples' scores stay what they
-        were.
+        `attrs` of the node `/scores`, name → metric → JSON value, say how metrics were made (`made_by`), or hold what is
+        of a condition as a whole (`by_condition`); entries of other metrics are kept. On disk a reader sees all of it or
+        nothing. In a selection the other samples' scores stay what they were.
         """
-        self.tree = write_scores(self.tree, self.path, self._rows, metrics)
+        self.tree = write_scores(self.tree, self.path, self._rows, metrics, attrs or {})
 
     def write_group(self, name: str, group: Group, blocks: Iterable[tuple[int, dict[str, np.ndarray]]]) -> None:
         """Write a group of arrays (sample, …), a sample at a time: (position in this run, values by variable).

@@ -18,13 +18,20 @@ from interp.stores.schema import Array
 from interp.stores.skeleton import group_metadata, with_consolidated
 from interp.stores.table import SCORES_NODE, node_rows
 
+Attrs = Mapping[str, Mapping[str, Any]]
+"""Attributes of the node by name: metric → JSON value."""
+
 _METRIC_ROWS = 64
 
 
 def write_scores(
-    tree: xr.DataTree, path: str | Path | None, rows: np.ndarray | None, metrics: Mapping[str, Any]
+    tree: xr.DataTree,
+    path: str | Path | None,
+    rows: np.ndarray | None,
+    metrics: Mapping[str, Any],
+    attrs: Attrs,
 ) -> xr.DataTree:
-    """Write metrics (name → one value a sample of `tree`) and return the tree with them."""
+    """Write metrics (name → one value a sample of `tree`) and attrs of the node; return the tree with them."""
     n = int(tree.sizes["sample"])
     new = {}
     for name, values in metrics.items():
@@ -37,35 +44,44 @@ def write_scores(
     if path is not None:
         if not isinstance(path, Path):
             raise StoreError(f"scores cannot be written to {path}; copy the run to a local folder first")
-        _write(path, np.arange(n) if rows is None else rows, new)
-    return _with_scores(tree, new)
+        _write(path, np.arange(n) if rows is None else rows, new, attrs)
+    return _with_scores(tree, new, attrs)
 
 
-def _with_scores(tree: xr.DataTree, new: dict[str, np.ndarray]) -> xr.DataTree:
+def _merged(old: Mapping[str, Any], new: Attrs) -> dict[str, Any]:
+    """Return attrs of the node in which the entries of some metrics are replaced."""
+    return {**old, **{name: {**old.get(name, {}), **entries} for name, entries in new.items()}}
+
+
+def _with_scores(tree: xr.DataTree, new: dict[str, np.ndarray], attrs: Attrs) -> xr.DataTree:
     kept: dict[str, np.ndarray] = {}
+    before: dict[str, Any] = {}
     if SCORES_NODE in tree.children:
         old = tree.children[SCORES_NODE].to_dataset(inherit=False)
         kept = {str(m): old["score"].values[:, k] for k, m in enumerate(old["metric"].values)}
+        before = {str(k): v for k, v in old.attrs.items()}
     both = kept | new
     n = int(tree.sizes["sample"])
     values = np.stack(list(both.values()), 1) if both else np.empty((n, 0), "float32")
     row = node_rows(SCORES_NODE)["score"]
     metric = np.array(list(both), np.dtypes.StringDType())
-    attrs = {"description": row.meaning, "units": row.units}
-    scores = xr.Dataset({"score": (row.dims, values, attrs)}, {"metric": ("metric", metric)})
+    described = {"description": row.meaning, "units": row.units}
+    variables = {"score": (row.dims, values, described)}
+    scores = xr.Dataset(variables, {"metric": ("metric", metric)}, _merged(before, attrs))
     changed = tree.copy()
     changed[SCORES_NODE] = xr.DataTree(scores)
     return changed
 
 
-def _write(path: Path, rows: np.ndarray, new: dict[str, np.ndarray]) -> None:
+def _write(path: Path, rows: np.ndarray, new: dict[str, np.ndarray], attrs: Attrs) -> None:
     root = json.loads((path / "zarr.json").read_text())
     listed = root["consolidated_metadata"]["metadata"]
     n = listed["sample"]["shape"][0]
     stored = listed.get(f"{SCORES_NODE}/score")
     tall = stored["chunk_grid"]["configuration"]["chunk_shape"][0] if stored else max(n, TABLE_ROWS)
     names: list[str] = []
-    if stored:
+    before_attrs = listed[SCORES_NODE]["attributes"] if SCORES_NODE in listed else {}
+    if stored and 0 not in stored["shape"]:
         with xr.open_zarr(path, group=SCORES_NODE, chunks=None) as old:
             before = old["score"].load()
         names = [str(m) for m in before["metric"].values]
@@ -94,7 +110,7 @@ def _write(path: Path, rows: np.ndarray, new: dict[str, np.ndarray]) -> None:
     row = node_rows(SCORES_NODE)["score"]
     array = Array(row.dims, (n, len(names)), row.dtype, {"description": row.meaning, "units": row.units})
     documents = {
-        SCORES_NODE: group_metadata({"coordinates": "metric"}),
+        SCORES_NODE: group_metadata(_merged(before_attrs, attrs) | {"coordinates": "metric"}),
         f"{SCORES_NODE}/score": array_metadata(array.shape, array.dims, array.dtype, array.attrs, score),
         f"{SCORES_NODE}/metric": array_metadata((len(names),), ("metric",), "str", {}, metric),
     }

@@ -370,6 +370,14 @@ class Family(ABC):
         """Encoder → its positions in the text: encoders may follow each other (Stable Diffusion 3)."""
         return {next(iter(self.text_encoders)): slice(0, None)}
 
+    def encoding_options(self, arguments: Arguments | None) -> dict[str, Any]:
+        """What a call says about encoding, as `encode_prompt` takes it: layers of CLIP to skip, scale of a LoRA."""
+        given = arguments or {}
+        scaled = given.get("cross_attention_kwargs") or given.get("joint_attention_kwargs") or {}
+        known = inspect.signature(self.pipe.encode_prompt).parameters
+        found = {"clip_skip": given.get("clip_skip"), "lora_scale": scaled.get("scale")}
+        return {name: value for name, value in found.items() if name in known and value is not None}
+
     @abstractmethod
     def encode(self, prompts: list[str], arguments: Arguments | None = None) -> EncodedPrompt:
         """Encode prompts exactly as the pipeline does for the branch with text."""

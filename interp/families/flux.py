@@ -123,8 +123,9 @@ class FluxFamily(PackedFamily):
     def encode(self, prompts: list[str], arguments: Arguments | None = None) -> EncodedPrompt:
         """Encode through the pipeline's own `encode_prompt`."""
         embeddings, pooled, _ = self.pipe.encode_prompt(
-            prompt=prompts, device=self.pipe._execution_device, max_sequence_length=self.text_length(arguments)
-        )
+            prompt=prompts, device=self.pipe._execution_device, max_sequence_length=self.text_length(arguments),
+            **self.encoding_options(arguments),
+        )  # fmt: skip
         return EncodedPrompt(embeddings, pooled)
 
     def text_inputs(self, kwargs: Mapping[str, Any]) -> EncodedPrompt:

@@ -121,6 +121,7 @@ class SD3Family(Family):
         embeddings, _, pooled, _ = self.pipe.encode_prompt(
             prompt=prompts, prompt_2=None, prompt_3=None, device=self.pipe._execution_device,
             do_classifier_free_guidance=False, max_sequence_length=self._t5_length(arguments),
+            **self.encoding_options(arguments),
         )  # fmt: skip
         return EncodedPrompt(embeddings, pooled)
 

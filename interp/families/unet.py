@@ -142,10 +142,11 @@ class UNetFamily(Family):
         device = self.pipe._execution_device
         if "text_encoder_2" in self.text_encoders:
             embeddings, _, pooled, _ = self.pipe.encode_prompt(
-                prompt=prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
+                prompt=prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False,
+                **self.encoding_options(arguments),
+            )  # fmt: skip
             return EncodedPrompt(embeddings, pooled)
-        embeddings, _ = self.pipe.encode_prompt(prompts, device, 1, False)
+        embeddings, _ = self.pipe.encode_prompt(prompts, device, 1, False, **self.encoding_options(arguments))
         return EncodedPrompt(embeddings)
 
     def text_inputs(self, kwargs: Mapping[str, Any]) -> EncodedPrompt:

@@ -2,6 +2,7 @@
 
 from interp.interventions.activations import Ablate, AddNoise, Patch, Steer
 from interp.interventions.base import Batch, Intervention, attach_all, check_all, from_spec
+from interp.interventions.encoder import EncoderLayer
 from interp.interventions.functions import Edit, NNsightEdit
 from interp.interventions.guidance import RemoveGuidance, RemoveText
 from interp.interventions.places import neighbours
@@ -14,6 +15,7 @@ __all__ = [
     "AddNoise",
     "Batch",
     "Edit",
+    "EncoderLayer",
     "Intervention",
     "NNsightEdit",
     "Patch",

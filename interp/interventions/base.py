@@ -101,7 +101,8 @@ class Intervention:
     def claims(self) -> frozenset[str]:
         """Name what the intervention owns in its window: two owners are refused.
 
-        Parts are written `text:eos`, and positions of a part `text:eos[0:5]`.
+        Parts are written `text:eos`, positions of a part `text:eos[0:5]`, and what keys or values alone read
+        `text:eos/k`, `text:eos/v`.
         """
         return frozenset()
 
@@ -200,17 +201,17 @@ def check_all(
         owned += [(one, claim, steps) for claim in one.claims()]
 
 
+_CLAIM = re.compile(r"(.*?)(?:\[(\d+):(\d*)\])?(?:/([kv]))?")
+
+
 def _overlap(a: str, b: str) -> bool:
-    """Tell whether two claims meet: `text` holds `text:eos`, which holds `text:eos[0:5]`, its first five positions."""
-    (one, first, stop), (other, second, end) = _range(a), _range(b)
-    if one == other:
-        return max(first, second) < min(stop, end)
-    return one.startswith(other + ":") or other.startswith(one + ":")
-
-
-def _range(claim: str) -> tuple[str, int, int]:
-    found = re.fullmatch(r"(.*)\[(\d+):(\d*)\]", claim)
-    return (found[1], int(found[2]), int(found[3] or sys.maxsize)) if found else (claim, 0, sys.maxsize)
+    """Tell whether two claims meet: `text` holds `text:eos`, which holds `text:eos[0:5]`, which holds `text:eos[0:5]/k`."""
+    (one, first, stop, side), (other, second, end, another) = (_CLAIM.fullmatch(c).groups() for c in (a, b))  # type: ignore[union-attr]
+    if side and another and side != another:
+        return False
+    if one != other:
+        return bool(one.startswith(f"{other}:") or other.startswith(f"{one}:"))
+    return max(int(first or 0), int(second or 0)) < min(int(stop or sys.maxsize), int(end or sys.maxsize))
 
 
 def attach_all(interventions: Sequence[Intervention], hooks: HookRegistry, batch: Batch) -> None:

@@ -80,10 +80,19 @@ class TextChange(Intervention):
     def claims(self) -> frozenset[str]:
         """The tokens, and the pooled vector."""
         pooled = frozenset() if self.pooled == "keep" else frozenset({"pooled"})
-        return pooled if self.pooled == "only" else self.tokens_claimed() | pooled
+        if self.pooled == "only":
+            return pooled
+        side = "" if self.side == "kv" else f"/{self.side}"
+        return pooled | {claim + side for claim in self.tokens_claimed()}
 
     def check_model(self, family: Family, prompts: Prompts, arguments: Arguments) -> None:
         """The layers must exist, and the pooled vector if it alone is to be exchanged."""
+        apart = [name for name in ("prompt_2", "prompt_3") if arguments.get(name) is not None]
+        if apart:
+            raise InterpError(
+                f"{self!r}: the run's options give {apart[0]!r}, so its text encoders read different prompts, and positions "
+                "of one are not those of the other; leave it out"
+            )
         if self.side != "kv" or self.layers is not None:
             self._sites(family)
         if self.pooled == "only" and dry_text(family, arguments).pooled is None:

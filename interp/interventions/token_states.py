@@ -15,7 +15,7 @@ from interp.interventions.text import Exchange, Prompts, TextChange, check_count
 from interp.prompts import fill
 from interp.stores.table import ROLES
 from interp.token_choice import occurrences
-from interp.tokens import Tokens
+from interp.tokens import WORD, Tokens
 
 VALUES = ("zero", "random", "bos", "eos", "pad", "repeat", "prompt")
 
@@ -113,7 +113,9 @@ class ReplaceTokens(TextChange):
             claims.add(f"text:eos[{first}:{'' if stop is None else stop}]")
         which = "" if self.occurrence is None else f"[{self.occurrence}:{self.occurrence + 1}]"
         for phrase in self.words:
-            claims |= {"text:word"} if "{" in phrase else {f"text:word:{w}{which}" for w in phrase.lower().split()}
+            claims |= (
+                {"text:word"} if "{" in phrase else {f"text:word:{w}{which}" for w in WORD.findall(phrase.lower())}
+            )
         return frozenset(claims | {f"text[{i}:{i + 1}]" for i in self.indices})
 
     # Before the run

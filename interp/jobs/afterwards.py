@@ -10,12 +10,12 @@ from interp.stores import open_run
 
 
 def finish(job: Job, report: Report, *, say: Callable[[str], None]) -> None:
-    """Add the job's scores if samples are new or a metric is, and answer its probes.
+    """Add what is missing of the job's scores, and answer its probes.
 
     The answers go to `<run>.probes/<name>.zarr`, which plain xarray opens.
     """
     run = open_run(job.path)
-    if job.scores and (report.made or not _scored(job, run.tree.children.get("scores"))):
+    if job.scores:
         from interp.scoring import score
 
         run = score(run, job.scores)
@@ -42,10 +42,3 @@ def finish(job: Job, report: Report, *, say: Callable[[str], None]) -> None:
 def probe_path(run: Path, name: str) -> Path:
     """Return where a job puts the answer of a probe."""
     return run.with_name(f"{run.name}.probes") / f"{name}.zarr"
-
-
-def _scored(job: Job, node: object) -> bool:
-    if node is None:
-        return False
-    there = {str(m).partition(":")[0] for m in node["metric"].values}  # type: ignore[index]
-    return all(m.partition(":")[0] in there for m in job.scores)

@@ -43,7 +43,7 @@ class Job(BaseModel):
     conditions: dict[str, list[dict[str, Any]]] = Field(
         {"baseline": []}, min_length=1, description="Lists of interventions by name; 'baseline' is the empty list."
     )
-    scores: list[str] = Field([], description="Metrics to add when the samples are done: clip, judge.")
+    scores: list[str] = Field([], description="Metrics to add when the samples are done: clip, judge, l1:baseline.")
     probes: list[str | dict[str, Any]] = Field(
         [],
         description="Installed probes to run when the samples are done: a name, or a mapping with 'name' and parameters.",
@@ -78,6 +78,13 @@ class Job(BaseModel):
     def _installed(cls, value: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
         for one in value:
             _plugin_name({"name": one} if isinstance(one, str) else one, "probes")
+        return value
+
+    @field_validator("scores")
+    @classmethod
+    def _metrics(cls, value: list[str]) -> list[str]:
+        for one in value:
+            _plugin_name({"name": one.partition(":")[0]}, "scores")
         return value
 
     @property

@@ -11,7 +11,14 @@ EXPECTED = {
     "families": ["unet True", "ok: probabilities\nok: branches\nok: layout", "['', 's', 'i', 't']"],
     "tracing": ["2\n", "8\n", "forward passes", "'axis_0'"],
     "nnsight": ["True\n", "4 (128, 128)", "4 ('sample'", "True False\n", "False ['for step in tracer.iter"],
-    "interventions": ["[10  6 10 10]", "both decide about"],
+    "interventions": [
+        "[10  6 10 10]",
+        "[2 1 2] [-1 -1 16]",
+        "'all [SOS]', '[SOS] + 76 [EOS]'] ['bos', 'eos']",
+        "[-1  0  2  4] 0.0",
+        "no pooled vector",
+        "both decide about",
+    ],
 }
 
 pytestmark = pytest.mark.xdist_group("pages")

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -8,6 +10,7 @@ from interp.probes.words import chosen_words, prompt_words
 from interp.stores import InterpError, synthetic_run
 from tests.probes.handmade import attention, make_run
 
+daam = partial(token_attribution, recipe="daam")
 TEXTS = [["<s>", "red", "tea", "pot", "red", "</s>", "</s>"], ["<s>", "cat", "</s>", "</s>", "", "", ""]]
 ROLES = [["bos", "word", "word", "word", "word", "eos", "pad"], ["bos", "word", "eos", "pad", "", "", ""]]
 WORDS = [[-1, 0, 1, 1, 2, -1, -1], [-1, 0, -1, -1, -1, -1, -1]]
@@ -67,7 +70,7 @@ def test_resizing_is_bicubic(to):
 
 def test_maps_equal_plain_loops():
     run, coarse, fine = two_grids()
-    ds = token_attribution(run, normalize="none", grid="8x12")
+    ds = daam(run, normalize="none", grid="8x12")
     for i, roles in enumerate(ROLES):
         for token, role in enumerate(roles):
             if role == "":
@@ -87,32 +90,32 @@ def test_a_delta_is_found_where_it_is():
     run = make_run(
         {"attention/5x8": attention(probs, [["<s>", "dot", "</s>"]], [["bos", "word", "eos"]], [[-1, 0, -1]])}
     )
-    ds = token_attribution(run, grid="10x16")
+    ds = daam(run, grid="10x16")
     word = ds.word_map[0, 0].values
     assert ds.word_text.values.tolist() == [["dot"]]
     assert np.unravel_index(word.argmax(), word.shape) in [(y, x) for y in (6, 7) for x in (12, 13)]
     assert word[:2].max() == 0 and word[:, :9].max() == 0  # a cubic reaches two old pixels far
     assert word[:4].max() < 0.01
-    same = token_attribution(run)  # without latents: the captured grid, untouched
+    same = daam(run)  # without latents: the captured grid, untouched
     assert np.array_equal(same.word_map[0, 0], probs[0, 0, 0, 0, 0, 1])
 
 
 def test_words_merge_sub_tokens_and_tell_occurrences_apart():
     run, *_ = two_grids()
-    ds = token_attribution(run, normalize="none")
+    ds = daam(run, normalize="none")
     assert ds.word_text.values.tolist() == [["red", "teapot", "red"], ["cat", "", ""]]
     assert ds.word_occurrence.values.tolist() == [[0, 0, 1], [0, -1, -1]]
     token = ds.token_map.values
     assert np.allclose(ds.word_map[0], [token[0, 1], (token[0, 2] + token[0, 3]) / 2, token[0, 4]])
     assert np.allclose(ds.word_map[1, 0], token[1, 1]) and np.isnan(ds.word_map[1, 1:]).all()
-    chosen = token_attribution(run, normalize="none", words=["Red", ("red", 1), "red#1", "cat"])
+    chosen = daam(run, normalize="none", words=["Red", ("red", 1), "red#1", "cat"])
     assert np.allclose(chosen.word_map[0, :3], token[0, [1, 4, 4]]) and np.isnan(chosen.word_map[0, 3]).all()
     assert chosen.word_text.values.tolist() == [["red", "red", "red", ""], ["", "", "", "cat"]]
 
 
 def test_spans_are_words_in_a_row():
     run, *_ = two_grids()
-    ds = token_attribution(run, normalize="none", words=["teapot red", "RED teapot", "cat", "red#1"])
+    ds = daam(run, normalize="none", words=["teapot red", "RED teapot", "cat", "red#1"])
     token = ds.token_map.values
     assert ds.word_text.values.tolist() == [["teapot red", "red teapot", "", "red"], ["", "", "cat", ""]]
     assert np.allclose(ds.word_map[0, 0], token[0, 2:5].mean(0))
@@ -132,7 +135,7 @@ def test_word_marks_of_tokenizers_are_left_out():
 
 def test_normalisations():
     run, *_ = two_grids()
-    maps = {n: token_attribution(run, normalize=n) for n in ("token", "words", "space", "max", "none")}
+    maps = {n: daam(run, normalize=n) for n in ("token", "words", "space", "max", "none")}
     raw = maps["none"].token_map
     assert np.allclose(maps["token"].token_map.sum("token"), 1)
     words = (maps["words"].token_map * (maps["words"].token_role == "word")).sum("token")
@@ -145,10 +148,10 @@ def test_normalisations():
 
 def test_steps_and_layers_are_chosen():
     run, coarse, fine = two_grids()
-    one = token_attribution(run, layers="up.*", steps=[2], normalize="none")
+    one = daam(run, layers="up.*", steps=[2], normalize="none")
     assert np.allclose(one.token_map[0], fine[0, 2, 0, 0, :].mean(0), equal_nan=True)
     assert one.layer.values.tolist() == ["up.0"] and one.step.values.tolist() == [2]
-    part = token_attribution(run, layers=["down.1", "up.0"], steps="1:", normalize="none", grid="4x6")
+    part = daam(run, layers=["down.1", "up.0"], steps="1:", normalize="none", grid="4x6")
     assert part.grid.values.tolist() == ["8x12", "4x6"]
     expected = coarse[0, 1:, 0, 1, :, 1].mean(0)
     shrunk = [slow_resize(fine[0, 1:, 0, 0, h, 1].mean(0), 4, 6) for h in range(2)]
@@ -161,10 +164,10 @@ def test_steps_without_the_branch_are_left_out():
     probs[0, 1:, 0] = np.nan
     node = attention(probs, TEXTS, ROLES, WORDS, COUNTS, branches=("cond", "uncond"))
     run = make_run({"attention/4x6": node})
-    ds = token_attribution(run, normalize="none")
+    ds = daam(run, normalize="none")
     assert np.allclose(ds.token_map[0], coarse[0, 0, 0].mean((0, 1)), equal_nan=True)
     assert np.isnan(ds.mass[0, 1:]).all() and np.isfinite(ds.mass[1]).any("role").all()
-    assert np.isnan(token_attribution(run, steps=[1], normalize="none").token_map[0]).all()
+    assert np.isnan(daam(run, steps=[1], normalize="none").token_map[0]).all()
 
 
 def test_mass_sums_to_one_and_equals_plain_loops():
@@ -184,7 +187,7 @@ def test_mass_sums_to_one_and_equals_plain_loops():
                     got = ds.isel(sample=i, step=step, layer=k).sel(role=role)
                     assert float(got.mass) == pytest.approx(total)
                     assert float(got.mass_per_token) == pytest.approx(total / number)
-    both = token_attribution(run)
+    both = daam(run)
     xr.testing.assert_equal(both.mass, ds.mass)
 
 
@@ -197,7 +200,7 @@ def test_a_role_without_tokens_is_nan():
 
 def test_half_precision_and_latent_grid():
     run = synthetic_run(samples=2, grids=("8x8", "16x12"), heads=2)
-    ds = token_attribution(run)
+    ds = daam(run)
     assert ds.token_map.sizes["y"] == ds.token_map.sizes["x"] == 16
     assert np.allclose(ds.token_map.sum("token"), 1) and np.allclose(ds.mass.sum("role"), 1, atol=1e-2)
 
@@ -229,7 +232,59 @@ def test_mistakes_are_sentences():
         ({"grid": "big"}, "grid='big' is not possible"),
     ):
         with pytest.raises(InterpError, match=text):
-            token_attribution(run, **kwargs)
+            daam(run, **kwargs)
     only_uncond = synthetic_run(branches=("uncond",))
     with pytest.raises(InterpError, match=r"needs the branch 'cond'.*Capture\(branches"):
         attention_mass(only_uncond)
+
+
+def test_the_rival_recipe_equals_plain_loops():
+    """Logarithms averaged over steps, heads and layers; words are means of tokens; less the strongest other word."""
+    run, coarse, _fine = two_grids()
+    ds = token_attribution(run, grid="4x6", layers="down.*", words=["red", "teapot", "red#1", "teapot red", "cat"])
+    assert ds.attrs["normalize"] == "rival" and "nats" in ds.word_map.units
+    log = np.log(coarse[:, :, 0].astype("float64")).mean((1, 2, 3))  # of both samples: (sample, token, y, x)
+    red, teapot, again = log[0, 1], log[0, 2:4].mean(0), log[0, 4]
+    span = log[0, 2:5].mean(0)
+    wanted = [
+        red - np.maximum(teapot, again),
+        teapot - np.maximum(red, again),
+        again - np.maximum(red, teapot),
+        span - red,
+    ]
+    np.testing.assert_allclose(ds.word_map[0, :4], wanted, atol=1e-9)
+    assert np.isnan(ds.word_map[0, 4]).all()
+    # tokens: a sub-token has no rival in its own word; bos has every word
+    np.testing.assert_allclose(ds.token_map[0, 2], log[0, 2] - np.maximum(red, again), atol=1e-9)
+    np.testing.assert_allclose(ds.token_map[0, 0], log[0, 0] - np.max([red, teapot, again], 0), atol=1e-9)
+    # a prompt of one word has the other tokens as rivals
+    np.testing.assert_allclose(ds.word_map[1, 4], log[1, 1] - log[1, [0, 2, 3]].max(0), atol=1e-9)
+    assert np.isnan(ds.token_map[1, 4:]).all()
+
+
+def test_the_rival_recipe_ignores_what_all_words_share():
+    """A head that looks at every word alike changes nothing, and neither does the attention that BOS takes."""
+    run, coarse, _ = two_grids()
+    before = token_attribution(run, layers="down.*").word_map
+    dimmed = coarse.copy()
+    dimmed[0, :, :, :, :, 1:5] *= np.linspace(0.1, 1, 24).reshape(4, 6)
+    node = run.tree["attention/4x6"].to_dataset(inherit=False)
+    run.tree["attention/4x6"].dataset = node.assign(probs=node.probs.copy(data=dimmed))
+    np.testing.assert_allclose(token_attribution(run, layers="down.*").word_map[0], before[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["token", "words", "space", "max", "none"])
+def test_the_rival_recipe_takes_other_normalisations(how):
+    run, coarse, _ = two_grids()
+    ds = token_attribution(run, layers="down.*", grid="4x6", normalize=how)
+    values = np.exp(np.log(coarse[0, :, 0].astype("float64")).mean((0, 1, 2)))  # geometric means (token, y, x)
+    divisor = {
+        "token": values.sum(0), "words": values[1:5].sum(0), "none": 1.0,
+        "space": values.sum((1, 2), keepdims=True), "max": values.max((1, 2), keepdims=True),
+    }[how]  # fmt: skip
+    np.testing.assert_allclose(ds.token_map[0], values / divisor, rtol=1e-9)
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(InterpError, match="recipe='dam' is not possible; it is one of 'rival', 'daam'"):
+        token_attribution(two_grids()[0], recipe="dam")

@@ -1,0 +1,199 @@
+"""The built-in metrics against formulas written out, the bundled CLIP, and tiny models with random weights."""
+
+import numpy as np
+import pytest
+import torch
+
+from interp.scoring import score
+from interp.scoring.blip import noun_phrases, questions
+from interp.stores import InterpError, synthetic_run
+
+CONDITIONS = ("baseline", "late")
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A run whose second condition's pictures are noisy versions of the first's."""
+    made = synthetic_run(samples=3, conditions=CONDITIONS, scores=False)
+    images = made.tree["images"]["image"]
+    noise = np.random.default_rng(0).integers(-40, 40, images.shape[1:])
+    images.values[3:] = np.clip(images.values[:3].astype(int) + noise, 0, 255)
+    return made
+
+
+def test_l1_is_a_share_of_the_full_range(run):
+    found = score(run, "l1").scores.sel(metric="l1:baseline").values
+    images = run.images.values.astype(float) / 255
+    assert found == pytest.approx(np.abs(images - np.tile(images[:3], (2, 1, 1, 1))).mean((1, 2, 3)), abs=1e-6)
+    assert (found[:3] == 0).all() and (found[3:] > 0).all()
+
+
+def test_ssim_is_that_of_the_paper(run):
+    """Against scikit-image's, which was written by others; windows at the border see the picture mirrored."""
+    from skimage.metrics import structural_similarity
+
+    found = score(run, "ssim").scores.sel(metric="ssim:baseline").values
+    images = np.pad(run.images.values / 255.0, ((0, 0), (5, 5), (5, 5), (0, 0)), mode="reflect")
+    wanted = [
+        structural_similarity(
+            images[i], images[i % 3], channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5,
+            use_sample_covariance=False,
+        )
+        for i in range(6)
+    ]  # fmt: skip
+    assert found[:3] == pytest.approx(np.ones(3), abs=1e-6) and (found[3:] < 0.9).all()
+    assert found == pytest.approx(wanted, abs=1e-4)
+
+
+class Colors(torch.nn.Module):
+    """Features that anybody can compute: the mean of each channel."""
+
+    num_features = 3
+
+    def forward(self, x):
+        return x.double().mean((2, 3)) / 255
+
+
+def test_fid_with_features_of_ones_own(run):
+    found = score(run, "fid", features=Colors(), batch_size=2).tree["scores"].attrs["by_condition"]["fid:baseline"]
+    x, y = (run.images.values[part].mean((1, 2)) / 255 for part in (slice(3, 6), slice(0, 3)))
+    a, b = np.cov(x.T), np.cov(y.T)
+    root = np.sqrt(np.linalg.eigvals(a @ b).astype(complex)).real.sum()
+    wanted = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root
+    assert list(found) == ["late"] and found["late"]["samples"] == 3
+    assert found["late"]["value"] == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(("metric", "needs"), [("lpips", "torchvision"), ("fid", "torch-fidelity")])
+def test_what_is_not_installed_is_named(run, metric, needs):
+    try:
+        import torch_fidelity  # noqa: F401
+        import torchvision  # noqa: F401
+    except Exception:  # what cannot be imported is not there
+        with pytest.raises(InterpError, match=f"{metric} needs .*{needs}") as error:
+            score(run, metric)
+        assert "\n" not in str(error.value)
+
+
+def test_missing_torchmetrics_is_named(run, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchmetrics", None)
+    with pytest.raises(
+        InterpError, match=r"ssim needs the package torchmetrics: pip install 'interp-diffusion\[metrics\]'"
+    ):
+        score(run, "ssim", again=True)
+
+
+@pytest.fixture(scope="module")
+def own_clip(tmp_path_factory):
+    """The CLIP of scenes as a folder of transformers, with a processor that does what scenes does to pictures."""
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    from interp.scenes import folder
+
+    path = tmp_path_factory.mktemp("clip")
+    CLIPModel.from_pretrained(folder() / "clip", dtype=torch.float32).save_pretrained(path)
+    pictures = CLIPImageProcessorPil(
+        size={"height": 128, "width": 128}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    CLIPProcessor(pictures, CLIPTokenizer.from_pretrained(folder() / "tokenizer")).save_pretrained(path)
+    return str(path)
+
+
+def test_clip_of_the_hub_equals_the_bundled_one(own_clip):
+    """The same weights by two ways: transformers' processor, and the scorer of scenes."""
+    from interp.scenes import alignment, draw
+
+    drawn = draw(4, seed=11, full=True)
+    run = synthetic_run(samples=4, scores=False)
+    tree = run.tree.copy()
+    images = run.images.isel(height=[0] * 128, width=[0] * 128).reset_coords(drop=True).copy(data=drawn.images)
+    tree["images"] = type(tree)(tree["images"].to_dataset().drop_dims(["height", "width"]).assign(image=images))
+    tree["prompt"].values[:] = drawn.captions
+    run = type(run)(tree)
+    found = score(run, ["clip:prompt", "clip_image"], clip_model=own_clip).scores
+    assert found.sel(metric="clip:prompt").values == pytest.approx(alignment(drawn.images, drawn.captions), abs=2e-3)
+    assert found.sel(metric="clip_image:baseline").values == pytest.approx(np.ones(4), abs=1e-5)
+    assert (found.sel(metric="clip:prompt") > 0.4).all()
+
+
+@pytest.fixture(scope="module")
+def tiny_blip(tmp_path_factory):
+    from transformers import (
+        BertTokenizer,
+        BlipConfig,
+        BlipForQuestionAnswering,
+        BlipImageProcessorPil,
+        BlipProcessor,
+        BlipTextConfig,
+        BlipVisionConfig,
+    )
+
+    path = tmp_path_factory.mktemp("blip")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "yes", "no", "a", "red", "blue", "circle", "star"]
+    words += ["navy", "background", "dog", "two", "?"]
+    (path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizer(str(path / "vocab.txt"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = BlipTextConfig(
+        vocab_size=len(words), encoder_hidden_size=16, projection_dim=8, bos_token_id=5, eos_token_id=3,
+        sep_token_id=3, pad_token_id=0, **sizes,
+    )  # fmt: skip
+    vision = BlipVisionConfig(image_size=32, patch_size=8, projection_dim=8, **sizes)
+    config = BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+    model = BlipForQuestionAnswering(config).eval()
+    for p in model.parameters():  # large enough that answers depend on picture and question
+        p.data.mul_(4) if p.ndim > 1 else None
+    model.save_pretrained(path)
+    BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(path)
+    return str(path)
+
+
+def test_blip_vqa_is_the_product_of_yes(tiny_blip):
+    """Against transformers' own generation, one question at a time."""
+    from transformers import BlipForQuestionAnswering, BlipProcessor
+
+    run = synthetic_run(samples=3, scores=False)
+    texts = ["a red circle and a blue star", "two dogs on a navy background", "a circle? a star?"]
+    run.tree["prompt"].values[:] = texts
+    found = score(run, "blip_vqa:prompt", blip_model=tiny_blip, batch_size=2).scores.values[:, 0]
+    model, processor = (k.from_pretrained(tiny_blip) for k in (BlipForQuestionAnswering, BlipProcessor))
+    yes = processor.tokenizer.convert_tokens_to_ids("yes")
+    asked = [["a red circle?", "a blue star?"], ["two dogs?", "a navy background?"], ["a circle?", "a star?"]]
+    wanted = []
+    for i, each in enumerate(asked):
+        chances = []
+        for question in each:
+            inputs = processor(images=run.images.values[i], text=question, return_tensors="pt")
+            out = model.generate(
+                **inputs, max_new_tokens=1, output_scores=True, return_dict_in_generate=True, do_sample=False
+            )
+            chances.append(float(out.scores[0].softmax(-1)[0, yes]))
+        wanted.append(np.prod(chances))
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert len({round(float(v), 6) for v in found}) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases"),
+    [
+        ("a red circle left of a blue star", ["a red circle", "a blue star"]),
+        ("a photo of an old man with a hat, in the park", ["an old man", "a hat", "the park"]),
+        ("the cat is on the left", ["the cat"]),
+        ("a brass lamp a wooden desk", ["a brass lamp", "a wooden desk"]),
+        ("on top of the side", []),
+        ("", []),
+    ],
+)
+def test_noun_phrases(text, phrases):
+    assert noun_phrases(text) == phrases
+    assert questions(text) == [f"{p}?" for p in phrases]
+
+
+def test_models_that_cannot_be_loaded_are_named(run):
+    for metric, options in (("clip", {"clip_model": "no/such"}), ("blip_vqa", {"blip_model": "no/such"})):
+        with pytest.raises(
+            InterpError, match=f"cannot load the .* model 'no/such' .*; name another by {next(iter(options))}"
+        ) as error:
+            score(run, metric, **options)
+        assert "\n" not in str(error.value)
