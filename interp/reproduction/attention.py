@@ -76,7 +76,7 @@ def _strip(run: Run, steps: list[int]) -> str:
     rows, words = [], []
     picture = drawing.inline(one.images.isel(sample=0).values, "final picture")
     for s in steps:
-        ds = one.probe("token_attribution", steps=[s], normalize="none")
+        ds = one.probe("token_attribution", steps=[s], recipe="daam", normalize="none")
         words = [str(w) for w in ds["word_text"].values[0] if str(w)][:7]
         maps = ds["word_map"].values[0]
         rows.append(
@@ -144,7 +144,7 @@ def _answer_e10(runs: Runs, settings: Settings) -> Answer:
     base, exchanged = run.condition("baseline"), run.condition(SWAP)
     kept = base.attention(base.grids[0])["step"].values
     step = int(kept[np.argmin(np.abs(kept - 0.4 * settings.steps))])
-    ds = exchanged.probe("token_attribution", steps=[step], normalize="none")
+    ds = exchanged.probe("token_attribution", steps=[step], recipe="daam", normalize="none")
     units = pair_units(run, ds)
     size = ds.sizes["y"], ds.sizes["x"]
     outline = {
@@ -179,7 +179,7 @@ def _maps(run: Run, pair: int, step: int) -> str:
     for label, condition in (("A", "baseline"), ("words of A, EOS of B", SWAP)):
         part = run.condition(condition)
         one = part.isel(sample=[int(np.flatnonzero((part.samples["prompt_id"] == 2 * pair).to_numpy())[0])])
-        ds = one.probe("token_attribution", steps=[step], normalize="none")
+        ds = one.probe("token_attribution", steps=[step], recipe="daam", normalize="none")
         words = [str(w) for w in ds["word_text"].values[0] if str(w)][:7]
         cells = [drawing.inline(one.images.isel(sample=0).values, label)]
         rows.append((label, cells + [drawing.heat(ds["word_map"].values[0, w], words[w]) for w in range(len(words))]))

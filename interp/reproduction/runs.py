@@ -4,7 +4,6 @@ Experiments share runs: every condition of a run starts from the same noise, and
 """
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from interp.jobs import Job, run_job
 from interp.jobs.spec import parse_job
 from interp.reproduction.prompt_sets import choose_pairs, coco_captions
 from interp.reproduction.settings import Settings
+from interp.scoring import score
 from interp.stores import Run, open_run
 
 Spec = dict[str, Any]
@@ -131,34 +131,14 @@ def make(recipe: Recipe, settings: Settings, folder: Path, *, progress: bool = T
         )
     run = open_run(report.path)
     metrics = metrics_of(recipe, settings)
-    if metrics and (report.made or not _complete(run, metrics)):
-        if progress:
-            print(f"scoring {len(run)} pictures of {recipe.name}", file=sys.stderr)
-        _score(run, metrics, settings)
-        run = open_run(report.path)
+    if metrics:  # only what has no score yet is scored
+        options: Any = {} if settings.clip_model is None else {"clip_model": settings.clip_model}
+        run = score(run, metrics, progress=progress, **options)
     return run
 
 
 def metrics_of(recipe: Recipe, settings: Settings) -> list[str]:
-    """Return the metrics of a run: alignment for pictures of prompts, both judges where there are two."""
+    """Return the metrics of a run: alignment by both judges where there are two, and closeness to the baseline."""
     if recipe.name == "trajectory":
         return []
-    return ["clip", "judge"] if settings.model == "scenes" else ["clip"]
-
-
-def _score(run: Run, metrics: list[str], settings: Settings) -> None:
-    from interp.reproduction.similarity import score_similarity
-    from interp.scoring import score
-
-    options = {} if settings.clip_model is None else {"clip_model": settings.clip_model}
-    score(run, metrics, **options)
-    score_similarity(open_run(run.path), settings.clip_model)  # type: ignore[arg-type]
-
-
-def _complete(run: Run, metrics: list[str]) -> bool:
-    from interp.reproduction.similarity import NAME
-
-    if "scores" not in run.tree.children:
-        return False
-    there = {str(m) for m in run.scores["metric"].values}
-    return {f"{m}:prompt" for m in metrics} | {NAME} <= there and bool(run.done.scores.notnull().all())
+    return ["clip", *(["judge"] if settings.model == "scenes" else []), "clip_image"]
