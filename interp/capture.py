@@ -8,11 +8,15 @@ from typing import Any, Literal
 
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import PARTS, AttentionSite
+from interp.named_reductions import NAMED, named
 from interp.patterns import matching
 from interp.warning import warn
 
 Reducer = Callable[..., Any]
 """(probabilities (sample, head, query, key), at) → tensor (sample, …)."""
+
+Reduce = Reducer | str
+"""A reduction: a function, or the name of one."""
 
 Selection = tuple[int, ...] | str
 Region = tuple[float, float, float, float]
@@ -56,9 +60,11 @@ class Capture:
             `update` (out − in: what a block adds to the residual stream); attention has `q`, `k` and `v` too.
         text: Keep the text states that the denoiser received.
         image: Keep the decoded picture.
-        reduce: Your own reductions of attention, done on the device: name → function, or name → (glob over attention
-            sites, function). The function gets probabilities (sample, head, query, key) of one layer and `at`, and
-            returns a tensor (sample, …) of the same shape for all its layers; `sites/<name>` keeps it.
+        reduce: Reductions of attention, done on the device; `sites/<name>` keeps the result. By name: `"entropy"`,
+            `"role_mass"`, `"token_mass"`, `"mean_map"`, `"daam"` (see `interp.named_reductions.NAMED`), or your own
+            function, which gets probabilities (sample, head, query, key) of one layer and `at`, and returns a tensor
+            (sample, …) of the same shape for all its layers. A list of names, or name → reduction, or name → (glob over
+            attention sites, reduction); without a glob: all cross-attention.
         dtype: `"float16"` or `"float32"` for attention probabilities.
         region: (top, left, bottom, right) in fractions of the picture: only image positions inside are kept, of
             attention the queries, of sites the positions.
@@ -89,7 +95,7 @@ budget, mantissa
     sites: tuple[str, ...] = ()
     text: bool = False
     image: bool = True
-    reduce: Mapping[str, Reducer | tuple[str, Reducer]] = field(default_factory=dict)
+    reduce: Mapping[str, Reduce | tuple[str, Reduce]] = field(default_factory=dict)
     dtype: Literal["float16", "float32"] = "float16"
     region: Region | None = None
     budget: str | float | None = None
@@ -123,6 +129,16 @@ budget, mantissa
             if isinstance(value, str) and value not in words:
                 choices = " or ".join(map(repr, words))
                 raise InterpError(f"Capture({name}={value!r}): choose {choices}{more}{nearest(value, words)}")
+        if isinstance(self.reduce, str | tuple):
+            names = (self.reduce,) if isinstance(self.reduce, str) else self.reduce
+            object.__setattr__(self, "reduce", {name: name for name in names})
+        for name, (glob, fn) in self.reducers.items():
+            if isinstance(fn, str):
+                named(fn, name)
+            elif not callable(fn) or not isinstance(glob, str):
+                raise InterpError(
+                    f"Capture(reduce={{{name!r}: …}}): give a function, a name, or (glob over attention sites, one of these)"
+                )
         if isinstance(self.steps, float) and not 0 < self.steps <= 1:
             raise InterpError(f"Capture(steps={self.steps}): a share of the steps lies in (0, 1]")
         if self.region is not None:
@@ -150,11 +166,15 @@ budget, mantissa
     def from_spec(cls, spec: Mapping[str, Any]) -> "Capture":
         """Rebuild what `spec` described; unknown fields raise as in the constructor."""
         values = dict(spec)
-        if values.get("reduce"):
-            raise InterpError(
-                f"the reductions {sentence_list(values['reduce'])} are functions, of which a spec holds the names alone; "
-                "build the Capture in Python"
-            )
+        given = values.get("reduce")
+        if isinstance(given, Mapping):
+            values["reduce"] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+            own = [n for n, v in values["reduce"].items() if (v[1] if isinstance(v, tuple) else v) not in NAMED]
+            if own:
+                raise InterpError(
+                    f"the reductions {sentence_list(own)} are functions, of which a spec holds the names alone; build the "
+                    f"Capture in Python, or choose from those that go by name: {sentence_list(NAMED, 9)}"
+                )
         if isinstance(values.get("steps"), Mapping):
             values["steps"] = slice(*values["steps"]["slice"])
         return cls(**values)
@@ -164,8 +184,8 @@ budget, mantissa
         return type(self)(**{f.name: getattr(self, f.name) for f in fields(self)} | changes)
 
     @property
-    def reducers(self) -> dict[str, tuple[str, Reducer]]:
-        """Reductions by name: the glob over attention sites, and the function."""
+    def reducers(self) -> dict[str, tuple[str, Reduce]]:
+        """Reductions by name: the glob over attention sites, and the function or its name."""
         return {name: given if isinstance(given, tuple) else ("cross", given) for name, given in self.reduce.items()}
 
     def chosen_steps(self, steps: int) -> list[int]:
@@ -257,7 +277,9 @@ def check_region(region: Any, owner: str) -> None:
         )
 
 
-def _qualified(fn: Reducer) -> str:
+def _qualified(fn: Reduce) -> str:
+    if isinstance(fn, str):
+        return fn
     return f"{getattr(fn, '__module__', '?')}.{getattr(fn, '__qualname__', type(fn).__name__)}"
 
 

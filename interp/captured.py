@@ -12,7 +12,9 @@ from interp.catalog import attention_sites, dry_run, match_sites
 from interp.errors import InterpError
 from interp.families import Arguments, Family
 from interp.hooks import At
+from interp.named_reductions import Named, named
 from interp.rehearsal import site_shapes
+from interp.stores.table import ROLES
 
 UPDATE = "update"
 """Quantity of a module: output − input, what a block adds to the residual stream."""
@@ -60,12 +62,27 @@ class SiteCapture:
 
 @dataclass(frozen=True)
 class ReduceCapture:
-    """A reduction of attention to keep: its name, function, layers in order, and the shape of one sample's result."""
+    """A reduction of attention to keep: its name, function, layers in order, and dims and shape of one sample's result.
+
+    named: one of those that go by name, whose result may be added up over steps and layers.
+    """
 
     name: str
-    fn: Reducer
     layers: list[AttentionPart]
     shape: tuple[int, ...]
+    dims: tuple[str, ...]
+    fn: Reducer | None = None
+    named: Named | None = None
+
+    @property
+    def over(self) -> tuple[str, ...]:
+        """What it is added up over, of `step` and `layer`."""
+        return () if self.named is None else self.named.over
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The largest of its layers' grids."""
+        return max((one.site.grid for one in self.layers), key=math.prod)
 
 
 def captured_attention(family: Family, capture: Capture, arguments: Arguments) -> list[AttentionPart]:
@@ -170,8 +187,10 @@ def _cropped(capture: Capture, site: SiteCapture) -> SiteCapture:
     return SiteCapture(site.site, site.dims, shape, site.grid, cells)
 
 
-def captured_reductions(family: Family, capture: Capture, arguments: Arguments) -> list[ReduceCapture]:
-    """Return the reductions that a capture names; each is tried on uniform probabilities for its shape.
+def captured_reductions(family: Family, capture: Capture, arguments: Arguments, columns: int) -> list[ReduceCapture]:
+    """Return the reductions that a capture names; functions are tried on uniform probabilities for their shape.
+
+    `columns` is the number of token columns.
 
     Raises:
         InterpError: a glob matches nothing, the function fails, or its shape differs between layers.
@@ -179,6 +198,9 @@ def captured_reductions(family: Family, capture: Capture, arguments: Arguments) 
     found = []
     for name, (glob, fn) in capture.reducers.items():
         layers = captured_attention(family, Capture(attention=glob), arguments)
+        if isinstance(fn, str):
+            found.append(_named_reduction(capture, name, fn, layers, columns))
+            continue
         shapes = {
             _reduced_shape(
                 name, fn, one, math.prod(c.stop - c.start for c in capture.chosen_cells(one.site.grid)),
@@ -191,8 +213,36 @@ def captured_reductions(family: Family, capture: Capture, arguments: Arguments) 
                 f"Capture(reduce={name!r}) gives different shapes for different layers ({sorted(shapes)}); return one "
                 "shape, or name layers of one grid: reduce={name: (glob, function)}"
             )
-        found.append(ReduceCapture(name, fn, layers, shapes.pop()))
+        shape = shapes.pop()
+        found.append(ReduceCapture(name, layers, shape, tuple(f"axis_{i}" for i in range(len(shape))), fn))
     return found
+
+
+def _named_reduction(
+    capture: Capture, name: str, reduction: str, layers: list[AttentionPart], columns: int
+) -> ReduceCapture:
+    chosen = named(reduction, name)
+    wrong = [one.name for one in layers if chosen.of_text and one.part != "cross"]
+    if wrong:
+        raise InterpError(
+            f"Capture(reduce={name!r}): {reduction!r} is of image → text, but {wrong[0]!r} attends to no text; choose other "
+            "layers by (glob, name)"
+        )
+    if capture.region is not None:
+        raise InterpError(f"Capture(reduce={name!r}): {reduction!r} is of the whole picture; leave out region")
+    heads, grids = {one.site.heads for one in layers}, {one.site.grid for one in layers}
+    if ("head" in chosen.dims and len(heads) > 1) or (
+        "y" in chosen.dims and "layer" not in chosen.over and len(grids) > 1
+    ):
+        what = "numbers of heads" if len(heads) > 1 and "head" in chosen.dims else "grids"
+        raise InterpError(
+            f"Capture(reduce={name!r}): the layers have different {what}; name layers of one, e.g. "
+            f"({layers[0].name!r}, {reduction!r}), once for each"
+        )
+    one = ReduceCapture(name, layers, (), chosen.dims, named=chosen)
+    y, x = one.largest
+    sizes = {"head": max(heads), "role": len(ROLES), "token": columns, "y": y, "x": x}
+    return replace(one, shape=tuple(sizes[d] for d in chosen.dims))
 
 
 def _reduced_shape(name: str, fn: Reducer, one: AttentionPart, image: int, text: int) -> tuple[int, ...]:

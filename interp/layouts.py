@@ -18,6 +18,7 @@ from interp.interventions import Intervention
 from interp.loading import origin
 from interp.stores import Group, TokenTable
 from interp.stores.schema import attention_group, images_group, site_group, text_group, trajectory_group
+from interp.stores.table import ROLES
 
 
 def run_groups(
@@ -56,13 +57,7 @@ def run_groups(
             attrs={"site": site.site} | ({"grid": list(site.grid)} if site.grid else {}), **timing,
         )  # fmt: skip
     for one in reductions:
-        dims = ("layer", *(f"axis_{i}" for i in range(len(one.shape))))
-        group = site_group(
-            n, dims=dims, shape=(len(one.layers), *one.shape), branches=capture.branches,
-            attrs={"reduction": capture.spec()["reduce"][one.name][1]}, **timing,
-        )  # fmt: skip
-        group.coords["layer"] = (("layer",), np.asarray([s.name for s in one.layers], object))
-        groups[site_node(one.name)] = group
+        groups[site_node(one.name)] = _reduction_group(one, capture, n, tokens, times, kept)
     if capture.text:
         width_of = int(family.text_inputs(family.dry_inputs(arguments).kwargs).embeddings.shape[-1])
         for name, span in family.text_segments(arguments).items():
@@ -73,6 +68,27 @@ def run_groups(
     if capture.image:
         groups["images"] = images_group(n, height, width)
     return groups
+
+
+def _reduction_group(
+    one: ReduceCapture, capture: Capture, n: int, tokens: TokenTable, times: Timeline, kept: list[int]
+) -> Group:
+    """The group of a reduction; what is added up over the steps stands at the last one."""
+    over = one.over
+    steps = kept[-1:] if "step" in over else kept
+    layers = () if "layer" in over else (len(one.layers),)
+    attrs: dict[str, Any] = {"reduction": capture.spec()["reduce"][one.name][1]}
+    if over:
+        attrs |= {"over": list(over), "steps": kept, "layers": [s.name for s in one.layers]}
+    group = site_group(
+        n, dims=(*("layer",) * len(layers), *one.dims), shape=(*layers, *one.shape), branches=capture.branches,
+        steps=steps, timestep=times.timestep[steps], tokens=tokens if "token" in one.dims else None, attrs=attrs,
+    )  # fmt: skip
+    if layers:
+        group.coords["layer"] = (("layer",), np.asarray([s.name for s in one.layers], object))
+    if "role" in one.dims:
+        group.coords["role"] = (("role",), np.asarray(ROLES, object))
+    return group
 
 
 def run_attrs(

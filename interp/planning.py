@@ -50,6 +50,7 @@ class Plan:
     sites: list[SiteCapture]
     reductions: list[ReduceCapture]
     tokens: list[Tokens]
+    negatives: list[Tokens]
     selection: TokenSelection
     forward_passes: int
     options: dict[str, Any]
@@ -209,7 +210,7 @@ def assemble(
     every = select_tokens(tokens, others, "all").table
     attention = captured_attention(family, capture, arguments)
     sites = captured_sites(family, capture, arguments)
-    reductions = captured_reductions(family, capture, arguments)
+    reductions = captured_reductions(family, capture, arguments, selection.positions.shape[1])
     layout = Layout(
         samples=samples,
         groups=run_groups(
@@ -221,7 +222,7 @@ def assemble(
     passes = {name: _passes(changes, times, guided) for name, changes in conditions.items()}
     made = Plan(
         layout, batches, capture, conditions, table, times, steps, guidance, height, width, attention, sites, reductions,
-        tokens, selection, sum(passes[name] for name in samples["condition"]), dict(options or {}), dict(arguments),
+        tokens, others, selection, sum(passes[name] for name in samples["condition"]), dict(options or {}), dict(arguments),
     )  # fmt: skip
 
     def again(other: Capture) -> Plan:

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,13 @@ from interp.clock import StepEnd
 from interp.errors import InterpError
 from interp.hooks import At, DenoiserCall, HookRegistry, Prediction
 from interp.kernels import AttentionCall
+from interp.named_reductions import Place, Sums
 from interp.outbox import Outbox
 from interp.planning import Plan
 from interp.reduction import AttentionReducer, Layer
 from interp.regions import Cells
 from interp.stores import RunWriter
+from interp.stores.table import ROLES
 from interp.tokens import TokenSelection
 
 BRANCHES = ("cond", "uncond")
@@ -75,6 +77,8 @@ class Recorder:
         self._passes = dict.fromkeys(BRANCHES, 0)
         self._final: torch.Tensor | None = None
         self._steps = 0
+        self._selection = selection
+        self._sums = {one.name: Sums(one.named.mean) for one in plan.reductions if one.named is not None and one.over}
         self._outbox = Outbox()
         self._attach()
 
@@ -146,7 +150,7 @@ class Recorder:
             parcel["trajectory/noise_pred"] = _branches(predicted, BRANCHES, end.latents.float())
         parcel["trajectory/guidance_scale"] = torch.full((len(self.samples),), self._applied_guidance())
         if end.step in self._kept:
-            parcel |= self._reduced()
+            parcel |= self._reduced(end.step)
         self._calls.clear()
         self._values.clear()
         self._noise = {}
@@ -161,7 +165,7 @@ class Recorder:
             return 1.0
         return self.hooks.family.applied_guidance(self.plan.arguments)
 
-    def _reduced(self) -> dict[str, torch.Tensor]:
+    def _reduced(self, step: int) -> dict[str, torch.Tensor]:
         """Attention and module sites of the step that ends."""
         parcel, wanted = {}, self.plan.capture.branches
         for name, members in self._groups.items():
@@ -181,8 +185,9 @@ class Recorder:
             like = torch.empty((len(self.samples), *shape), dtype=getattr(torch, self.plan.capture.dtype))
             parcel[f"{name}/probs"] = _branches(parts, wanted, like)
         for one in self.plan.reductions:
-            values = [self._reduce_layer(one, layer) for layer in one.layers]
-            parcel[f"{site_node(one.name)}/value"] = torch.stack(values, dim=2)
+            value = self._reduction(one, last=step == max(self._kept))
+            if value is not None:
+                parcel[f"{site_node(one.name)}/value"] = value
         for site in self.plan.sites:
             parts = {b: t.float() for (name, b), t in self._values.items() if name == site.site}
             gaps = self._evaluated & set(wanted) - set(parts)
@@ -208,16 +213,51 @@ class Recorder:
                 found[branch] = (Layer(kernel, rows, queries, keys), call)
         return found
 
-    def _reduce_layer(self, one: ReduceCapture, layer: AttentionPart) -> torch.Tensor:
-        """Apply a user's reduction to one layer: (sample, branch, …)."""
+    def _reduction(self, one: ReduceCapture, last: bool) -> torch.Tensor | None:
+        """A reduction of the step's layers, (sample, branch, …); of all steps at the last one, if it is added up over them."""
+        wanted, sums = self.plan.capture.branches, self._sums.get(one.name)
+        keep_layers, by_layer = "layer" not in one.over, []
+        for i, layer in enumerate(one.layers):
+            parts = self._reduce_layer(one, layer)
+            by_layer.append(parts)
+            for branch, value in parts.items():
+                if sums is not None:
+                    sums.add((branch, i if keep_layers else 0), value)
+        if sums is not None and not last:
+            return None
+        if sums is not None:
+            found = sums.result()
+            count = len(one.layers) if keep_layers else 1
+            by_layer = [{b: found[b, i] for b in wanted if (b, i) in found} for i in range(count)]
+        like = torch.empty((len(self.samples), *one.shape))
+        values = [_branches(parts, wanted, like) for parts in by_layer]
+        return torch.stack(values, dim=2) if keep_layers else values[0]
+
+    def _reduce_layer(self, one: ReduceCapture, layer: AttentionPart) -> dict[str, torch.Tensor]:
+        """Apply a reduction to one layer: branch → (sample, …)."""
         if layer.name not in self._calls:
             raise InterpError(f"{layer.name!r} did not run in this step, so {one.name!r} cannot be reduced from it")
         parts = {}
         for branch, (kept, call) in self._layers(layer).items():
             if branch in self.plan.capture.branches:
                 probs = kept.probabilities()
-                parts[branch] = one.fn(probs, call.at(f"{layer.name}:probs", branch)).detach().float()
-        return _branches(parts, self.plan.capture.branches, torch.empty((len(self.samples), *one.shape)))
+                if one.named is not None:
+                    roles = self._roles[branch] if one.named.of_text else None
+                    place = Place(roles, self._selection, layer.site.grid, one.largest)
+                    parts[branch] = one.named.fn(probs, place).detach().float()
+                elif one.fn is not None:
+                    parts[branch] = one.fn(probs, call.at(f"{layer.name}:probs", branch)).detach().float()
+        return parts
+
+    @cached_property
+    def _roles(self) -> dict[str, torch.Tensor]:
+        """Branch → (sample, position), the role of each token as a number in `ROLES`, −1 behind the end of the text."""
+        found = {}
+        for branch, tokens in (("cond", self.plan.tokens), ("uncond", self.plan.negatives)):
+            roles = [tokens[i].role for i in self.samples]
+            width = max(map(len, roles))
+            found[branch] = torch.tensor([[*map(ROLES.index, r), *[-1] * (width - len(r))] for r in roles])
+        return found
 
     def _append(self, arrays: dict[str, np.ndarray]) -> None:
         for name, values in arrays.items():

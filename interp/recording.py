@@ -141,7 +141,10 @@ def _moved(plan: Plan, first: Plan, samples: list[int]) -> Plan:
     if old.pads is not None:
         pads = np.zeros((samples[-1] + 1, old.pads.shape[1]), bool)
         pads[samples] = old.pads
-    return replace(plan, selection=TokenSelection(positions, pads, old.table), layout=first.layout)
+    before = samples[0]  # whose tokens are not looked at again
+    tokens, negatives = ([some[0]] * before + some for some in (plan.tokens, plan.negatives))
+    selection = TokenSelection(positions, pads, old.table)
+    return replace(plan, selection=selection, layout=first.layout, tokens=tokens, negatives=negatives)
 
 
 def _fresh_seed(generator: torch.Generator | None) -> int:

@@ -63,7 +63,7 @@ class AttentionReducer:
                     probs = _probabilities([replace(layers[i], queries=queries) for i in part])
                     blocks.append(probs.mean(2, keepdim=True) if self.heads is None else probs[:, :, self.heads])
                 probs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)  # (layer, sample, head, query, key)
-                for i, layer in zip(part, self._tokens(probs), strict=True):
+                for i, layer in zip(part, self.columns(probs), strict=True):
                     reduced[i] = layer.to(self.dtype)
         stacked = torch.stack([r for r in reduced if r is not None], dim=1)  # (sample, layer, head, token, position)
         height, width = self.grid
@@ -71,7 +71,7 @@ class AttentionReducer:
             return stacked.unflatten(-1, self.keys).unflatten(-3, (height, width))
         return stacked.unflatten(-1, (height, width))
 
-    def _tokens(self, probs: torch.Tensor) -> torch.Tensor:
+    def columns(self, probs: torch.Tensor) -> torch.Tensor:
         """Select tokens: (layer, sample, head, query, key) → (layer, sample, head, token, image position)."""
         if self._positions is None:
             return probs

@@ -216,7 +216,7 @@ def job_schema() -> dict[str, Any]:
     schema = Job.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     properties = schema["properties"]
-    names = [f.name for f in fields(Capture) if f.name != "reduce"]
+    names = [f.name for f in fields(Capture)]
     properties["capture"] |= {"properties": {n: {} for n in names}, "additionalProperties": False}
     change = properties["conditions"]["additionalProperties"]["items"]
     change |= {"properties": {"name": {"enum": _names(plugins("interp.interventions"))}}, "required": ["name"]}
