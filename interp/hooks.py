@@ -267,12 +267,12 @@ class HookRegistry:
             for fn in self._predictions:
                 fn(prediction)
 
-    def rehearse(self, inputs: DenoiserInputs) -> None:
-        """Call the denoiser outside a sampling run, as for one sample of the branch with text: sites are met once."""
-        self._call = DenoiserCall(inputs.args, inputs.kwargs, ("cond",), 0, 0.0, 0, 1, ("cond",))
+    def rehearse(self, inputs: DenoiserInputs, call: DenoiserCall | None = None) -> Any:
+        """Call the denoiser outside a sampling run, by default as for one sample of the branch with text; return its output."""
+        self._call = call or DenoiserCall(inputs.args, inputs.kwargs, ("cond",), 0, 0.0, 0, 1, ("cond",))
         token = _RUNNING.set({})
         try:
-            torch.nn.Module.__call__(self.family.denoiser, *inputs.args, **inputs.kwargs)
+            return torch.nn.Module.__call__(self.family.denoiser, *inputs.args, **inputs.kwargs)
         finally:
             _RUNNING.reset(token)
             self._call = None

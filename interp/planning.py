@@ -4,11 +4,10 @@ import inspect
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Literal, cast
-
-import numpy as np
 
 from interp.budget import check_budget, size
 from interp.capture import AttentionPart, Capture
@@ -17,6 +16,7 @@ from interp.clock import Timeline, timeline
 from interp.costs import planned_bytes
 from interp.errors import InterpError, nearest
 from interp.families import Arguments, Family, find_family
+from interp.forecast import peak_memory
 from interp.interventions import Batch, Intervention, check_all
 from interp.layouts import run_attrs, run_groups
 from interp.loading import origin
@@ -56,6 +56,7 @@ class Plan:
     options: dict[str, Any]
     arguments: dict[str, Any]
     """Arguments of the pipeline's call that all samples share, defaults filled in."""
+    family: Family = field(repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -71,20 +72,25 @@ class Plan:
         """Bytes of the store's files, all samples, before compression: attention alone is compressed, to 0.5–0.9."""
         return sum(self.bytes_by_array.values())
 
-    @property
+    @cached_property
     def memory(self) -> int:
-        """Bytes of captured tensors held at once by the largest batch: q and k of one step, and its reduced maps."""
-        per_step = sum(
-            int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize // (len(self) * (a.steps or 1))
-            for name, a in self.layout.arrays.items()
-            if not name.startswith("images")
-        )
-        # float32 probabilities of all heads of one layer at a time, and query and key kept until the step ends
-        heads = [
-            a.site.heads * a.site.grid[0] * a.site.grid[1] * max(len(t.ids) for t in self.tokens) * 4
-            for a in self.attention
-        ]
-        return max(map(len, self.batches)) * (4 * per_step + max(heads, default=0))
+        """Bytes of device memory at the peak of the largest batch: weights, the pipeline's own tensors, and the recording's.
+
+        Found by running one step on tensors without data, which takes a second or so with a large model; see
+        `interp.forecast` for what it leaves out. `memory_untraced` is the same without recording.
+        """
+        return peak_memory(self.family, self)
+
+    @cached_property
+    def memory_untraced(self) -> int:
+        """Bytes of device memory at the peak of the same calls when nothing is recorded."""
+        return peak_memory(self.family, self, recorded=False)
+
+    def _memory_told(self) -> str:
+        try:
+            return f"{size(self.memory)} of device memory at the peak"
+        except Exception as error:  # a kernel that takes no tensors without data
+            return f"device memory unknown ({type(error).__name__} in a run without data)"
 
     def rows(self, samples: Sequence[int]) -> list[dict[str, Any]]:
         """Return the samples' rows of the prompt table."""
@@ -108,8 +114,7 @@ class Plan:
                 f"in {len(self.batches)} batches of up to {max(map(len, self.batches))}",
                 f"{self.width}×{self.height} pixels, {self.steps} steps, guidance {self.guidance_scale:g}: "
                 f"{self.forward_passes:,} forward passes (one sample, one branch each)",
-                f"{size(total)} before compression ({size(per)} a sample), about {size(self.memory)} of captured "
-                "tensors in memory at once",
+                f"{size(total)} before compression ({size(per)} a sample); {self._memory_told()}",
                 *(f"  {name}: {' × '.join(f'{d} {n}' for d, n in zip(a.dims, a.shape, strict=True))} {a.dtype}"
                   for name, a in self.layout.arrays.items()),
             ]
@@ -223,6 +228,7 @@ def assemble(
     made = Plan(
         layout, batches, capture, conditions, table, times, steps, guidance, height, width, attention, sites, reductions,
         tokens, others, selection, sum(passes[name] for name in samples["condition"]), dict(options or {}), dict(arguments),
+        family,
     )  # fmt: skip
 
     def again(other: Capture) -> Plan:

@@ -264,6 +264,11 @@ class Recorder:
             for row, i in self._written:
                 self.writer.append(i, name, values[row])
 
+    def rehearse(self, step: int, branches: Sequence[str]) -> None:
+        """Reduce what was kept of a step on tensors without data; nothing is written."""
+        self._evaluated = set(branches)
+        self._reduced(step)
+
     # The end
 
     def finish(self, images: np.ndarray | None) -> None:
