@@ -163,6 +163,8 @@ def zimage() -> ZImagePipeline:
         axes_dims=[4, 6, 6], axes_lens=[128, 64, 64],
     ).eval()  # fmt: skip
     base._peaky(transformer, 4)
+    for block in transformer.context_refiner:  # the caption's tokens read each other, but each stays itself above all
+        torch.nn.init.constant_(block.attention_norm2.weight, 0.1)
     torch.nn.init.normal_(transformer.x_pad_token)
     torch.nn.init.normal_(transformer.cap_pad_token)
     vae = base._vae()
