@@ -105,6 +105,8 @@ def _cheaper(plan: "Plan") -> Iterator[tuple[str, Callable[[Capture], Capture]]]
         and (capture.attention is not None or capture.sites or capture.reduce)
     ):
         yield "steps=0.2", with_(steps=0.2)
+    if capture.text:
+        yield "text=False", with_(text=False)
     if capture.sites:
         yield "sites=()", with_(sites=())
     if capture.attention is not None:

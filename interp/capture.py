@@ -58,7 +58,8 @@ class Capture:
         latents, noise_pred: keep x_t entering each step; keep the raw model output of both branches.
         sites: Globs (or `"re:…"`) over sites `path:quantity`, kept as they are. Every module has `in`, `out` and
             `update` (out − in: what a block adds to the residual stream); attention has `q`, `k` and `v` too.
-        text: Keep the text states that the denoiser received.
+        text: Keep the text states that the denoiser received; `"layers"` also the hidden states of every text encoder after
+            each of its layers, the embeddings first (from an encoding of their own, without interventions).
         image: Keep the decoded picture.
         reduce: Reductions of attention, done on the device; `sites/<name>` keeps the result. By name: `"entropy"`,
             `"role_mass"`, `"token_mass"`, `"mean_map"`, `"daam"` (see `interp.named_reductions.NAMED`), or your own
@@ -93,7 +94,7 @@ budget, mantissa
     latents: bool = True
     noise_pred: bool = True
     sites: tuple[str, ...] = ()
-    text: bool = False
+    text: bool | Literal["layers"] = False
     image: bool = True
     reduce: Mapping[str, Reduce | tuple[str, Reduce]] = field(default_factory=dict)
     dtype: Literal["float16", "float32"] = "float16"
@@ -129,6 +130,8 @@ budget, mantissa
             if isinstance(value, str) and value not in words:
                 choices = " or ".join(map(repr, words))
                 raise InterpError(f"Capture({name}={value!r}): choose {choices}{more}{nearest(value, words)}")
+        if self.text not in (True, False, "layers"):
+            raise InterpError(f"Capture(text={self.text!r}): choose True, False or 'layers'")
         if isinstance(self.reduce, str | tuple):
             names = (self.reduce,) if isinstance(self.reduce, str) else self.reduce
             object.__setattr__(self, "reduce", {name: name for name in names})

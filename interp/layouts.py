@@ -12,6 +12,7 @@ import torch
 from interp.capture import AttentionPart, Capture
 from interp.captured import ReduceCapture, SiteCapture, attention_groups, site_node
 from interp.clock import Timeline, is_flow
+from interp.encoder_states import hidden_groups
 from interp.errors import InterpError
 from interp.families import Arguments, Family
 from interp.interventions import Intervention
@@ -24,9 +25,10 @@ from interp.stores.table import ROLES
 def run_groups(
     family: Family, capture: Capture, times: Timeline, tokens: TokenTable, every_token: TokenTable,
     attention: list[AttentionPart], sites: list[SiteCapture], reductions: list[ReduceCapture], arguments: Arguments,
-    height: int, width: int, n: int,
+    height: int, width: int, texts: tuple[Sequence[str], Sequence[str]],
 ) -> dict[str, Group]:  # fmt: skip
-    """Return the store's groups, by path, of `n` samples."""
+    """Return the store's groups, by path, of samples with these prompts and negative prompts."""
+    n = len(texts[0])
     channel, y, x = family.latent_shape(arguments)
     groups = {
         "trajectory": trajectory_group(
@@ -60,11 +62,13 @@ def run_groups(
         groups[site_node(one.name)] = _reduction_group(one, capture, n, tokens, times, kept)
     if capture.text:
         width_of = int(family.text_inputs(family.dry_inputs(arguments).kwargs).embeddings.shape[-1])
-        for name, span in family.text_segments(arguments).items():
-            table = every_token.columns(span)
+        tables = {name: every_token.columns(span) for name, span in family.text_segments(arguments).items()}
+        for name, table in tables.items():
             groups[f"text/{name}"] = text_group(
                 n, branches=["cond", "uncond"], token=table.width, feature=width_of, tokens=table
             )
+        if capture.text == "layers":
+            groups |= hidden_groups(family, arguments, *texts, width_of, tables)
     if capture.image:
         groups["images"] = images_group(n, height, width)
     return groups

@@ -56,6 +56,8 @@ class Plan:
     options: dict[str, Any]
     arguments: dict[str, Any]
     """Arguments of the pipeline's call that all samples share, defaults filled in."""
+    texts: tuple[list[str], list[str]]
+    """Prompts and negative prompts, one a sample."""
     family: Family = field(repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -201,7 +203,7 @@ def assemble(
     `arguments` are those of the pipeline's call. `columns` is the least number of token columns: a run that
     will be appended to may meet longer prompts.
     """
-    family, n = find_family(pipe), len(samples["prompt"])
+    family = find_family(pipe)
     family.check_call(arguments)
     times = timeline(pipe.scheduler, steps, schedule=family.schedule(arguments)).after(family.skipped_steps(arguments))
     tokens = _tokenized(family, samples["prompt"], arguments)
@@ -219,7 +221,18 @@ def assemble(
     layout = Layout(
         samples=samples,
         groups=run_groups(
-            family, capture, times, selection.table, every, attention, sites, reductions, arguments, height, width, n
+            family,
+            capture,
+            times,
+            selection.table,
+            every,
+            attention,
+            sites,
+            reductions,
+            arguments,
+            height,
+            width,
+            (samples["prompt"], samples["negative_prompt"]),
         ),
         attrs=run_attrs(pipe, family, capture, conditions, steps, guidance, height, width, dict(options or {})),
     )
@@ -228,7 +241,7 @@ def assemble(
     made = Plan(
         layout, batches, capture, conditions, table, times, steps, guidance, height, width, attention, sites, reductions,
         tokens, others, selection, sum(passes[name] for name in samples["condition"]), dict(options or {}), dict(arguments),
-        family,
+        (list(samples["prompt"]), list(samples["negative_prompt"])), family,
     )  # fmt: skip
 
     def again(other: Capture) -> Plan:

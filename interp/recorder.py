@@ -14,6 +14,7 @@ from interp.branches import split_rows
 from interp.capture import AttentionPart
 from interp.captured import UPDATE, ReduceCapture, SiteCapture, attention_groups, site_node
 from interp.clock import StepEnd
+from interp.encoder_states import fitted, hidden_states
 from interp.errors import InterpError
 from interp.hooks import At, DenoiserCall, HookRegistry, Prediction
 from interp.kernels import AttentionCall
@@ -308,6 +309,27 @@ class Recorder:
             width = self.plan.layout.arrays[array].shape[2]
             parts = {b: t[:, span].float().cpu() for b, t in self._text.items()}
             parts = {b: F.pad(t, (0, 0, 0, width - t.shape[1]), value=float("nan")) for b, t in parts.items()}
+            found[array] = _branches(parts, BRANCHES, next(iter(parts.values())))
+        if self._text and self.plan.capture.text == "layers":
+            found |= self._hidden_states()
+        return found
+
+    def _hidden_states(self) -> dict[str, torch.Tensor]:
+        """Array → (sample, branch, layer, token, feature) of each text encoder, for the branches that were evaluated."""
+        family, plan, by_branch = self.hooks.family, self.plan, {}
+        columns = {"cond": plan.texts[0], "uncond": plan.texts[1]}
+        for branch in self._text:
+            arguments = plan.arguments if branch == "cond" else family.negative_arguments(plan.arguments)
+            by_branch[branch] = hidden_states(family, [columns[branch][i] for i in self.samples], arguments)
+        found = {}
+        for name in family.text_encoders:
+            array = f"text/{name}/hidden"
+            width, parts = self.plan.layout.arrays[array].shape[3], {}
+            for branch, states in by_branch.items():
+                known = plan.tokens if branch == "cond" else plan.negatives
+                read = name in family.text_segments(plan.arguments)
+                lengths = [sum(t >= 0 for t in known[i].ids) if read and family.ragged else width for i in self.samples]
+                parts[branch] = fitted(states[name], lengths, width)
             found[array] = _branches(parts, BRANCHES, next(iter(parts.values())))
         return found
 

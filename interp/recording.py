@@ -143,8 +143,11 @@ def _moved(plan: Plan, first: Plan, samples: list[int]) -> Plan:
         pads[samples] = old.pads
     before = samples[0]  # whose tokens are not looked at again
     tokens, negatives = ([some[0]] * before + some for some in (plan.tokens, plan.negatives))
-    selection = TokenSelection(positions, pads, old.table)
-    return replace(plan, selection=selection, layout=first.layout, tokens=tokens, negatives=negatives)
+    texts = [[""] * before + some for some in plan.texts]
+    return replace(
+        plan, selection=TokenSelection(positions, pads, old.table), layout=first.layout, tokens=tokens, negatives=negatives,
+        texts=(texts[0], texts[1]),
+    )  # fmt: skip
 
 
 def _fresh_seed(generator: torch.Generator | None) -> int:

@@ -126,6 +126,15 @@ class Run:
         return self._array("trajectory", "noise_pred")
 
     @property
+    def guidance(self) -> xr.DataArray:
+        """The guidance term c − u (sample, step, channel, y, x), what the text changes in the model output.
+
+        NaN where one branch was not evaluated. `run.guidance * run.trajectory.guidance_scale` is w·(c − u).
+        """
+        noise = self.noise_pred
+        return noise.sel(branch="cond", drop=True) - noise.sel(branch="uncond", drop=True)
+
+    @property
     def nfe(self) -> xr.DataArray:
         """Forward passes really run (sample, branch)."""
         return self._array("trajectory", "nfe")

@@ -262,22 +262,22 @@ def text_group(
     *,
     branches: Sequence[str],
     token: int,
-    feature: int,
+    feature: int | None,
     pooled: int | None = None,
     hidden: int | None = None,
+    hidden_feature: int = 0,
     tokens: TokenTable | None = None,
     dtype: str = "float32",
     attrs: Mapping[str, Any] | None = None,
 ) -> Group:
-    """Describe `text/<encoder>`: embeddings (sample, branch, token, feature); `pooled` and `hidden` are
-    sizes.
+    """Describe `text/<encoder>`: embeddings (sample, branch, token, feature), None if the denoiser reads none.
 
-    `pooled` (sample, branch, pooled_feature) and `hidden` (sample, branch, layer, token, feature) are kept
-    if given.
+    `pooled` (sample, branch, pooled_feature) and `hidden` (sample, branch, layer, token, hidden_feature) are kept if their
+    sizes are given.
     """
-    sizes = {"sample": n, "branch": len(branches), "token": token, "feature": feature}
-    sizes |= {"pooled_feature": pooled or 0, "layer": hidden or 0}
-    kept = {"embeddings": True, "pooled": pooled, "hidden": hidden}
+    sizes = {"sample": n, "branch": len(branches), "token": token, "feature": feature or 0}
+    sizes |= {"pooled_feature": pooled or 0, "layer": hidden or 0, "hidden_feature": hidden_feature}
+    kept = {"embeddings": feature, "pooled": pooled, "hidden": hidden}
     padded = tokens.padded(token) if tokens else None
     return _build(
         "text/encoder", sizes, {k: dtype for k, on in kept.items() if on}, {"branch": branches}, attrs, padded

@@ -179,7 +179,7 @@ def _rest() -> tuple[Variable, ...]:
         Variable(text, "embeddings", embedded, _REAL, "auto", "what the denoiser reads", "1"),
         Variable(text, "pooled", ("sample", "branch", "pooled_feature"), _REAL, "auto",
                  "pooled embedding", "1"),
-        Variable(text, "hidden", ("sample", "branch", "layer", "token", "feature"), _REAL, "auto",
+        Variable(text, "hidden", ("sample", "branch", "layer", "token", "hidden_feature"), _REAL, "auto",
                  "hidden states, embedding layer first", "1"),
         Variable(text, "branch", ("branch",), _STR, "table", "`cond` or `uncond`", "", True, True),
         *_tokens(text),

@@ -378,6 +378,11 @@ class Family(ABC):
         found = {"clip_skip": given.get("clip_skip"), "lora_scale": scaled.get("scale")}
         return {name: value for name, value in found.items() if name in known and value is not None}
 
+    @property
+    def encoder_offset(self) -> int:
+        """How many of the encoder's first positions are left out of the text that the denoiser reads."""
+        return 0
+
     @abstractmethod
     def encode(self, prompts: list[str], arguments: Arguments | None = None) -> EncodedPrompt:
         """Encode prompts exactly as the pipeline does for the branch with text."""

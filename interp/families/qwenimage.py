@@ -126,6 +126,11 @@ class QwenImageFamily(PackedFamily):
         whole = tokenize(self.pipe.tokenizer, prompt, length, prefix=prefix, suffix=suffix, pad=False)
         return whole.part(slice(dropped, None))
 
+    @property
+    def encoder_offset(self) -> int:
+        """Those of the template's beginning."""
+        return int(self.pipe.prompt_template_encode_start_idx)
+
     @torch.no_grad()
     def encode(self, prompts: list[str], arguments: Arguments | None = None) -> EncodedPrompt:
         """Encode through the pipeline's own `encode_prompt`."""
