@@ -253,10 +253,18 @@ def _assignments(texts: list[str]) -> dict[str, Any]:
         if not equals or not name.strip():
             raise InterpError(f"cannot read {text!r}: write name=value")
         try:
-            found[name.strip()] = yaml.safe_load(value)
+            found[name.strip()] = _plain(yaml.safe_load(value))
         except yaml.YAMLError:  # a glob such as *attn2 is no YAML, but plain text
             found[name.strip()] = value
     return found
+
+
+def _plain(value: Any) -> Any:
+    """Take `{target}`, a column of the prompt table, as the text that it is; YAML reads a mapping."""
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    column = isinstance(value, dict) and list(value.values()) == [None]
+    return f"{{{next(iter(value))}}}" if column else value
 
 
 def _intervention(text: str) -> Any:

@@ -92,7 +92,9 @@ def encoder_layers(encoder: torch.nn.Module) -> list[torch.nn.Module]:
     lists = {
         path: m for path, m in encoder.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count
     }  # fmt: skip
-    named = {p: m for p, m in lists.items() if p.rpartition(".")[2] in ("layers", "block") and "visual" not in p}
+    named = {
+        p: m for p, m in lists.items() if p.rpartition(".")[2] in ("layers", "layer", "block") and "visual" not in p
+    }
     if len(named) != 1:
         raise InterpError(
             f"the layers of a {type(encoder).__name__} cannot be told from its modules; it has lists of as many at "

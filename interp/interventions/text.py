@@ -153,7 +153,7 @@ class TextChange(Intervention):
                 if layered is None:
                     new = EncodedPrompt(states, pooled, mask)
                 else:
-                    layered.begin(call, EncodedPrompt(states, mask=mask))
+                    layered.begin(call, EncodedPrompt(states, mask=mask), masked=mask is not text.mask)
             call.kwargs = family.with_text(call.kwargs, new)
 
         hooks.on_call(edit)
@@ -187,12 +187,15 @@ class _Layers:
                 module = hooks.family_module(site)
                 hooks.on_exit(module.register_forward_pre_hook(self._unmask, with_kwargs=True).remove)
 
-    def begin(self, call: DenoiserCall, text: EncodedPrompt) -> None:
-        """Note what the layers are to read in this call; all rows, so that the arithmetic is that of the call itself."""
+    def begin(self, call: DenoiserCall, text: EncodedPrompt, masked: bool) -> None:
+        """Note what the layers are to read in this call; all rows, so that the arithmetic is that of the call itself.
+
+        masked: the mask is another one, too.
+        """
         states, bias = self._family.layer_text(text)
         rows = _Rows(call.branches)
         self._call, self._states = call, rows.cond(states)
-        self._bias = None if bias is None else rows.cond(bias)
+        self._bias = rows.cond(bias) if masked and bias is not None else None
 
     def end(self) -> None:
         """Read what the denoiser gives again."""
@@ -237,6 +240,10 @@ class OtherPrompt(TextChange):
     """Exchange text states for those of another prompt; `"{target}"` takes it from a column of the prompt table."""
 
     prompt: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_text(self, self.prompt)
 
     def check(self, table: Mapping[str, Sequence[Any]], guided: bool) -> None:
         """A column that the prompt names must exist."""
@@ -350,6 +357,14 @@ class ReplacePrompt(OtherPrompt):
     def take(self, mine: Tokens, other: Tokens) -> dict[int, int]:
         """Every position."""
         return {p: p for p in range(len(mine.ids))}
+
+
+def check_text(one: Intervention, prompt: Any) -> None:
+    """Refuse a prompt that is no text, as YAML makes of `{target}`."""
+    if not isinstance(prompt, str):
+        raise InterpError(
+            f"{one!r}: prompt is a text; in YAML a column's name in braces needs quotes: '\"{{target}}\"'"
+        )
 
 
 def check_count(one: Intervention, skip: int, count: int | None) -> None:

@@ -11,7 +11,7 @@ import torch
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import Arguments, EncodedPrompt, Family
 from interp.interventions.base import Batch
-from interp.interventions.text import Exchange, Prompts, TextChange, check_count, dry_text, positions
+from interp.interventions.text import Exchange, Prompts, TextChange, check_count, check_text, dry_text, positions
 from interp.prompts import fill
 from interp.stores.table import ROLES
 from interp.token_choice import occurrences
@@ -93,6 +93,8 @@ class ReplaceTokens(TextChange):
             )
         if (self.value == "prompt") != (self.prompt is not None):
             raise InterpError(f"{self!r}: value='prompt' and prompt='…' go together; another value takes no prompt")
+        if self.prompt is not None:
+            check_text(self, self.prompt)
         if not isinstance(self.scale, Real) or isinstance(self.scale, bool) or not 0 <= self.scale < float("inf"):
             raise InterpError(f"{self!r}: scale is a number from 0, in standard deviations of the states")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

@@ -166,10 +166,50 @@ def test_noise_is_seeded_by_sample_and_as_large_as_the_states():
     assert abs(drawn.mean()) < 0.05 and abs(drawn.std() - 1) < 0.05  # 4,416 numbers
 
 
-@pytest.mark.parametrize("window", [{"start": 0.5}, {"stop": 0.5}, {"start": 1, "stop": 2, "unit": "step"}], ids=str)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_an_inner_layer_of_the_encoder(layer):
+    """Its hidden state through the final norm, within a window; all layers are the encoder itself."""
+    pipe = tiny("sd1")
+    ids = pipe.tokenizer([A, B], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        hidden = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[layer]
+        edited = pipe.text_encoder.final_layer_norm(hidden)
+    with untouched(pipe):
+        run = traced(pipe, interp.EncoderLayer(layer, start=0.5))
+    assert equal(run, looped(pipe, edited, (1,)))
+
+
+@pytest.mark.parametrize("align", ["first_eos", "position"])
+@pytest.mark.parametrize(("skip", "count"), [(0, 1), (2, 3), (66, None)])
+def test_a_number_of_eos(align, skip, count):
+    """Positions of the run counted from its first: so many are taken from the other prompt's."""
+
+    def make(own, other, empty, eos):
+        theirs = EOS[B] if eos == EOS[A] else EOS[A]
+        first = eos if align == "first_eos" else max(eos, theirs)
+        for n in range(skip, 77 if count is None else skip + count):
+            if first + n < 77:
+                own[first + n] = other[min(theirs + n, 76) if align == "first_eos" else first + n]
+
+    change = interp.ReplaceEOS("{target}", align=align, skip=skip, count=count)
+    assert equal(traced(tiny("sd1"), change), looped(tiny("sd1"), by_hand(make)))
+
+
+def test_the_command_line_reads_them():
+    from interp.cli import _intervention
+
+    assert _intervention("replace_tokens words=[red] value=zero") == interp.ReplaceTokens(words=("red",))
+    assert _intervention("replace_tokens words=[{word}]") == interp.ReplaceTokens(words="{word}")
+    assert _intervention("encoder_layer layer=2 start=0.5") == interp.EncoderLayer(2, start=0.5)
+    assert _intervention("replace_eos prompt={target} count=3 side=v") == interp.ReplaceEOS(
+        "{target}", count=3, side="v"
+    )
+
+
+@pytest.mark.parametrize("window", [{"stop": 0.5}, {"start": 1, "stop": 2, "unit": "step"}], ids=str)
 def test_windows(window):
-    pipe, steps = tiny("sd1"), 4
-    inside = {0.5: (2, 3), None: (0, 1), 1: (1,)}[window.get("start")]
+    pipe, steps = tiny("sd1"), 3
+    inside = (0, 1) if "start" not in window else (1,)
     run = traced(pipe, interp.ReplaceTokens(roles="word", **window), steps=steps)
     assert equal(run, looped(pipe, by_hand(put(words, zeros)), inside, steps))
 
@@ -206,6 +246,7 @@ ALL = [
     interp.ReplaceTokens(words=("red", "blue square"), occurrence=1, value="pad", side="v", layers="*mid*"),
     interp.ReplaceTokens(indices=3, prompt="{target}", pooled="replace"),
     interp.ReplaceEOS("{target}", count=3, skip=1, pooled="only"),
+    interp.EncoderLayer(2, encoders="text_encoder", layers="*mid*"),
 ]
 
 
@@ -213,7 +254,7 @@ ALL = [
 def test_round_trip_through_yaml(change):
     again = from_spec(yaml.safe_load(yaml.safe_dump(change.spec())))
     assert again == change and again.spec() == change.spec() and hash(again) == hash(change)
-    assert eval(repr(change), {k: getattr(interp, k) for k in interp.__all__ if k[0] == "R"}) == change
+    assert eval(repr(change), {k: getattr(interp, k) for k in interp.__all__ if k[0] in "RE"}) == change
 
 
 def test_restored_after_an_exception():
@@ -237,6 +278,7 @@ def test_messages():
     expect(said(lambda: tokens(roles="word", value="zeros")), "did you mean 'zero'", "'repeat'")
     expect(said(lambda: tokens(roles="word", value="zero", prompt=B)), "value='prompt'")
     expect(said(lambda: tokens(roles="word", value="prompt")), "value='prompt'")
+    expect(said(lambda: interp.ReplaceEOS({"target": None})), "prompt is a text", "needs quotes")
     expect(said(lambda: tokens(roles="word", scale=-1)), "standard deviations")
     expect(said(lambda: tokens(roles="word", seed=0.5)), "seed is a whole number")
     expect(said(lambda: tokens(roles="word", count=0)), "count one from 1")
