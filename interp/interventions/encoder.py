@@ -92,8 +92,9 @@ def encoder_layers(encoder: torch.nn.Module) -> list[torch.nn.Module]:
     lists = {
         path: m for path, m in encoder.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count
     }  # fmt: skip
+    outer = {p: m for p, m in lists.items() if not any(p.startswith(f"{q}.") for q in lists)}
     named = {
-        p: m for p, m in lists.items() if p.rpartition(".")[2] in ("layers", "layer", "block") and "visual" not in p
+        p: m for p, m in outer.items() if p.rpartition(".")[2] in ("layers", "layer", "block") and "visual" not in p
     }
     if len(named) != 1:
         raise InterpError(

@@ -350,3 +350,21 @@ def test_messages_about_encoders():
     expect(said(lambda: layer(-1)), "whole number from 0")
     expect(said(lambda: traced("sdxl", layer(1, encoders="text_encoder2"))), "did you mean 'text_encoder_2'")
     expect(said(lambda: traced("flux", layer(3))), "has 2 layers", "at most")
+
+
+@pytest.mark.parametrize("name", ["sana", "hunyuandit"])
+def test_other_cross_attention_by_keys_and_values(name):
+    """States that are projected (Sana), or masked by a learned state (HunyuanDiT), on their way to the layers."""
+    more = {"height": 64, "width": 64, "options": {"use_resolution_binning": False}, "batch_size": 2, "progress": False}
+
+    def latents(*changes):
+        run = interp.trace(tiny(name), TABLE, seeds=5, steps=1, capture=BARE, interventions=changes, **more)
+        return run.final_latents.values
+
+    base = latents()
+    assert np.array_equal(latents(interp.ReplacePrompt("{prompt}", side="k")), base)
+    assert np.array_equal(latents(interp.EncoderLayer(2)), base)
+    tokens = interp.ReplaceTokens
+    both = latents(tokens(roles="word", layers="*"))
+    assert np.array_equal(latents(tokens(roles="word", side="k"), tokens(roles="word", side="v")), both)
+    assert not np.array_equal(both, base)
