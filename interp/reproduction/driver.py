@@ -18,6 +18,7 @@ from interp.reproduction.page import write_page
 from interp.reproduction.prompt_sets import choose_pairs
 from interp.reproduction.runs import cost, make, recipes
 from interp.reproduction.settings import Settings
+from interp.reproduction.trimmed import trim
 from interp.stores import Run, open_run
 
 
@@ -65,7 +66,7 @@ def build_report(
     *,
     progress: bool = True,
 ) -> str:
-    """Ask the runs of a folder and write report.html, numbers.json and summary.csv; return the summary.
+    """Ask the runs of a folder and write report.html, numbers.json, summary.csv and trimmed runs; return the summary.
 
     Raises InterpError when a run is missing.
     """
@@ -80,6 +81,8 @@ def build_report(
             if e.answer is not None:
                 answers[e.key] = e.answer(opened, settings)
     _, said = choose_pairs(settings.model, settings.pairs, settings.prompts, settings.seed)
+    for name in opened:
+        trim(folder / f"{name}.zarr", folder / "trimmed" / f"{name}.zarr.zip")
     write_page(folder / "report.html", settings, experiments, answers, opened, said)
     rows = [_row(e, answers.get(e.key)) for e in experiments]
     with (folder / "summary.csv").open("w", encoding="utf-8", newline="") as file:

@@ -83,7 +83,9 @@ def _facts(settings: Settings, runs: Mapping[str, Run]) -> str:
     attrs = next(iter(runs.values())).attrs if runs else {}
     scale = attrs.get("guidance_scale")
     said = f"{settings.pairs} pairs of prompts, {settings.steps} steps"
-    return f"{said}{f', guidance {scale:g}' if scale is not None else ''}, seed {settings.seed}; interp {__version__}."
+    how = f", {attrs['dtype']} on {attrs['device']}" if attrs else ""
+    said += f", guidance {scale:g}" if scale is not None else ""
+    return f"{said}, seed {settings.seed}{how}; interp {__version__}."
 
 
 def _summary(experiments: list[Experiment], answers: Mapping[str, Answer]) -> str:
@@ -164,16 +166,18 @@ def _number(value: Any, digits: int) -> str:
 
 def _runs(runs: Mapping[str, Run]) -> str:
     rows = "".join(
-        f'<tr><td><a href="{name}.zarr/">{name}.zarr</a></td><td class="number">{len(run):,}</td>'
+        f'<tr><td><a href="{name}.zarr/">{name}.zarr</a></td>'
+        f'<td><a href="trimmed/{name}.zarr.zip">{name}.zarr.zip</a></td><td class="number">{len(run):,}</td>'
         f'<td class="number">{len(run.conditions)}</td><td class="number">{run.attrs["steps"]}</td>'
         f'<td class="number">{int(run.nfe.sum()):,}</td></tr>'
         for name, run in runs.items()
     )
-    head = "<tr><th>run</th>" + "".join(
+    head = "<tr><th>run</th><th>trimmed</th>" + "".join(
         f'<th class="number">{h}</th>' for h in ("samples", "conditions", "steps", "forward passes")
     )
     return (
         "<section id=\"runs\"><h2>Runs</h2><p>Plain Zarr stores that xarray opens: "
-        '<code>xr.open_datatree("exchange.zarr", engine="zarr")</code>.</p>'
+        '<code>xr.open_datatree("exchange.zarr", engine="zarr")</code>. The trimmed ones have the table of samples, scores and '
+        "passes without pictures, latents and maps.</p>"
         f'<div class="wide"><table><thead>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>'
     )  # fmt: skip

@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from interp.errors import InterpError
@@ -64,7 +65,8 @@ def _ring(prompts: Sequence[str], number: int, seed: str) -> list[tuple[str, str
     random.Random(seed).shuffle(order)
     n = len(order)
     places = [*range(0, n - 1, 2), *range(1, n, 2), *range(n - n % 2, n)]
-    return [(order[i], order[(i + gap) % n]) for gap in range(1, n) for i in dict.fromkeys(places)][:number]
+    rounds = ((order[i], order[(i + gap) % n]) for gap in range(1, n) for i in dict.fromkeys(places))
+    return list(islice(rounds, number))
 
 
 def compbench(folder: str | Path) -> PromptSet:

@@ -51,7 +51,8 @@ def shown(value: Any) -> dict[str, Any]:
         buffer = io.BytesIO()
         value.savefig(buffer, format="png", dpi=110)
         return {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": ["figure"]}
-    data: dict[str, Any] = {"text/plain": str(value).splitlines(True)}
+    text = value.to_string() if hasattr(value, "to_string") else str(value)
+    data: dict[str, Any] = {"text/plain": text.splitlines(True)}
     if hasattr(value, "to_html"):
         data["text/html"] = value.to_html().splitlines(True)
     return data

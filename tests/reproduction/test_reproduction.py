@@ -17,6 +17,7 @@ import xarray as xr
 from interp import InterpError
 from interp.reproduction import Settings, reproduce
 from interp.reproduction.measures import Check, Estimate, verdict
+from interp.stores import open_run
 from tests.test_cli import interp
 
 pytestmark = pytest.mark.xdist_group("reproduction")
@@ -115,16 +116,25 @@ def test_the_page_needs_nothing_from_outside(folder: Path) -> None:
     page = (folder / "report.html").read_text(encoding="utf-8")
     links = set(re.findall(r'(?:src|href)="([^"]*)"', page))
     outside = {one for one in links if not one.startswith(("data:", "#"))}
-    assert outside == {f"{name}.zarr/" for name in ("exchange", "removal", "fewer_steps", "attention", "trajectory")}
-    assert all((folder / one).is_dir() for one in outside)
+    runs = ("exchange", "removal", "fewer_steps", "attention", "trajectory")
+    assert outside == {f"{name}.zarr/" for name in runs} | {f"trimmed/{name}.zarr.zip" for name in runs}
+    assert all((folder / one).exists() for one in outside)
     assert not re.search(r"<script|<link|@import|url\(http", page)
     assert page.count("<svg") >= 10 and page.count("<section") == 15
     for claim in ("Section 5.1, Table 1", "left open", "95 %"):
         assert claim in page
 
 
+def test_a_trimmed_run_has_the_numbers_without_the_pictures(folder: Path) -> None:
+    whole, small = open_run(folder / "exchange.zarr"), open_run(folder / "trimmed" / "exchange.zarr.zip")
+    assert (folder / "trimmed" / "exchange.zarr.zip").stat().st_size < 200_000 and "images" not in small.tree.children
+    assert small.samples.equals(whole.samples) and small.nfe.equals(whole.nfe)
+    both = [run.probe("eos_replacement", swap="EOS of B", resamples=10)["alignment"] for run in (whole, small)]
+    assert both[0].equals(both[1])
+
+
 def files(folder: Path) -> Iterator[tuple[str, int]]:
-    for path in sorted(folder.rglob("c/*")):
+    for path in sorted(folder.rglob("*.zarr/**/c/*")):
         if path.is_file():
             yield str(path.relative_to(folder)), path.stat().st_mtime_ns
 
