@@ -5,8 +5,8 @@ from interp.interventions.base import Batch, Intervention, attach_all, check_all
 from interp.interventions.encoder import EncoderLayer
 from interp.interventions.functions import Edit, NNsightEdit
 from interp.interventions.guidance import RemoveGuidance, RemoveText
+from interp.interventions.other_prompt import ReplaceEOS, ReplacePrompt
 from interp.interventions.places import neighbours
-from interp.interventions.text import ReplaceEOS, ReplacePrompt
 from interp.interventions.token_states import ReplaceTokens
 from interp.interventions.vectors import steering_vector
 
