@@ -113,7 +113,7 @@ def test_interventions():
     expect(said(lambda: trace(interventions=[interp.ReplacePrompt("a {red")])), "'a {red'", "lone brace")
     expect(said(lambda: from_spec({"name": "remove_txt"})), "remove_txt", "did you mean 'remove_text'")
     expect(said(lambda: from_spec({"name": "remove_text", "begin": 1})), "no field 'begin'", "start, stop, unit")
-    expect(said(lambda: interp.ReplaceEOS(A, side="kw")), "side is 'kv', 'k', 'v'")
+    expect(said(lambda: interp.ReplaceEOS(A, side="kw")), "side is 'kv', 'k' or 'v'")
     expect(said(lambda: interp.ReplaceEOS(A, align="eos")), "'first_eos' or 'position'")
     expect(said(lambda: interp.ReplacePrompt(A, pooled="kep")), "'replace', 'keep'", "did you mean 'keep'")
     text = said(lambda: trace(interventions=[interp.RemoveText(start=0.5), interp.RemoveGuidance(stop=0.75)]))
