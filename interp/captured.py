@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ class SiteCapture:
     shape: tuple[int, ...]
     grid: tuple[int, int] | None = None
     cells: np.ndarray | tuple[slice, slice] | None = field(default=None, compare=False)
+    image: Literal["first", "last"] | None = None
+    """Where the image's positions lie, if the text's beside them are left out: they are as many as a prompt has tokens."""
 
     @property
     def quantity(self) -> str:
@@ -52,6 +55,9 @@ class SiteCapture:
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """Cut a batch's tensor (sample, …) to what is kept, as a copy: later modules may work in place."""
+        if self.image is not None and self.grid is not None:
+            dim, count = 1 + self.dims.index("position"), math.prod(self.grid)
+            tensor = tensor.narrow(dim, 0 if self.image == "first" else tensor.shape[dim] - count, count)
         if isinstance(self.cells, tuple):
             return tensor.detach()[(..., *self.cells)].clone()
         if self.cells is not None:
@@ -107,7 +113,32 @@ def captured_sites(family: Family, capture: Capture, arguments: Arguments) -> li
     shapes = site_shapes(family, sorted({*sources}), arguments)
     _, grids = dry_run(family, arguments)
     kinds = {s.name: s.kind for s in attention_sites(family)}
-    return [_site(family, capture, site, shapes, grids, kinds) for site in wanted]
+    found = [_site(family, capture, site, shapes, grids, kinds) for site in wanted]
+    return _of_the_image(family, capture, found, arguments) if family.ragged else found
+
+
+def _of_the_image(
+    family: Family, capture: Capture, sites: list[SiteCapture], arguments: Arguments
+) -> list[SiteCapture]:
+    """Leave the text out of sites that hold it beside the image, where its length depends on the prompt."""
+    shorter = {**arguments, "max_sequence_length": family.text_length(arguments) // 2}
+    whole, less = (site_shapes(family, sorted({s.sources[0] for s in sites}), a) for a in (arguments, shorter))
+    grid, found = family.grid(arguments), []
+    assert grid is not None
+    for site in sites:
+        if whole[site.sources[0]] == less[site.sources[0]]:
+            found.append(site)
+            continue
+        count = whole[site.sources[0]][site.dims.index("position")] if "position" in site.dims else 0
+        if count - family.text_length(arguments) < math.prod(grid):
+            raise InterpError(
+                f"Capture(sites={site.site!r}): it holds as many positions as a prompt has tokens, which differ in number; "
+                "read it with interp.HookRegistry"
+            )
+        shape = tuple(math.prod(grid) if d == "position" else n for d, n in zip(site.dims, site.shape, strict=True))
+        plain = SiteCapture(site.site, site.dims, shape, grid)
+        found.append(replace(_cropped(capture, plain), image=family.image_lies))
+    return found
 
 
 def _matched(family: Family, pattern: str) -> list[str]:

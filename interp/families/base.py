@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -111,6 +111,8 @@ class Family(ABC):
     """Denoiser arguments that all rows share (rotary tables and the like): dropping a branch leaves them alone."""
     ragged: ClassVar[bool] = False
     """Prompts have as many text states as tokens, unlike each other."""
+    image_lies: ClassVar[Literal["first", "last"]] = "last"
+    """Where the image lies in sequences that hold the text too."""
     fallback: ClassVar[bool] = False
     """Chosen only if no other family matches."""
     guidance_argument: ClassVar[str] = "guidance_scale"

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -26,6 +26,7 @@ class ZImageFamily(Family):
 
     name = "zimage"
     ragged: ClassVar[bool] = True
+    image_lies: ClassVar[Literal["first", "last"]] = "first"
 
     @staticmethod
     def matches(pipe: Any) -> bool:

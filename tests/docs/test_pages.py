@@ -10,6 +10,17 @@ DOCS = Path(__file__).parents[2] / "docs"
 EXPECTED = {
     "families": ["unet True", "ok: probabilities\nok: branches\nok: layout", "['', 's', 'i', 't']"],
     "tracing": ["2\n", "8\n", "forward passes", "'axis_0'"],
+    "recording": [
+        "{'sample': 1, 'step': 2, 'branch': 2, 'layer': 3, 'head': 2, 'token': 2, 'query_y': 16, 'query_x': 32}",
+        "['red', '<|endoftext|>']",
+        "update = out − in: True",
+        "'layer': 5, 'token': 77",
+        "4.0\n",
+        "budget='2GB'",
+        "'role': 5",
+        "heads='mean' saves",
+        "[700. 300.] 2",
+    ],
     "nnsight": ["True\n", "4 (128, 128)", "4 ('sample'", "True False\n", "False ['for step in tracer.iter"],
     "interventions": [
         "[10  6 10 10]",

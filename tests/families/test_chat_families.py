@@ -248,3 +248,26 @@ def test_real_pictures_enter(name):
         2, 1, 1, 1
     )
     torch.testing.assert_close(noise[0], noise[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwenimage", "zimage"])
+def test_sites_beside_texts_of_different_lengths(name):
+    """Of a sequence of image and text the image's positions are kept, whatever the prompts' lengths."""
+    block = {"qwenimage": "transformer.transformer_blocks.1", "zimage": "transformer.layers.1"}[name]
+    attention = f"{block}.{'attn' if name == 'qwenimage' else 'attention'}"
+    pipe, seen = tiny(name), {}
+    capture = BARE.changed(sites=(f"{block}:in", f"{block}:out", f"{block}:update", f"{attention}:q", f"{attention}:k"))
+    with interp.HookRegistry(pipe) as hooks:
+        for site in (f"{attention}:q", f"{block}:out"):
+            hooks.read(site, lambda x, at: seen.setdefault((at.site, at.branch), x.clone()))
+        run = traced(name, prompts=[A, B], batch_size=2, steps=1, capture=capture)
+    query = seen[f"{attention}:q", "cond"]
+    want = query[:, :, :96] if name == "zimage" else query[:, :, -96:]
+    np.testing.assert_allclose(run.site(f"{attention}:q").sel(branch="cond").values[:, 0], want)
+    out = seen[f"{block}:out", "cond"][:, :96]
+    np.testing.assert_allclose(run.site(f"{block}:out").sel(branch="cond").values[:, 0], out)
+    update = run.site(f"{block}:out") - run.site(f"{block}:in")
+    np.testing.assert_allclose(run.site(f"{block}:update").values, update.values, atol=1e-6)
+    if name == "zimage":
+        with pytest.raises(interp.InterpError, match="as many positions as a prompt has tokens"):
+            interp.plan(pipe, A, height=32, width=48, capture=BARE.changed(sites="*context_refiner.0:out"))
