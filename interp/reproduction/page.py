@@ -66,6 +66,7 @@ def write_page(
         f"<p>{escape(RULE)} Intervals are bootstrap 95 % percentile intervals ({settings.resamples:,} resamples) that draw "
         "prompts, or pairs of prompts, anew. All prompts and conditions start from the same noise, so that intervals speak "
         "of prompts, not of seeds.</p>",
+        _few(settings),
         "<p>Every number is read from the runs beside this page, by the probes of interp; "
         "<code>numbers.json</code> has them all. The same command again resumes and rebuilds the page.</p>",
         *(_section(e, answers.get(e.key)) for e in experiments),
@@ -76,6 +77,15 @@ def write_page(
         f'initial-scale=1"><title>2405.15330 on {escape(settings.model)}</title><style>{STYLE}</style></head>'
         f"<body><main>{''.join(body)}</main></body></html>\n",
         encoding="utf-8",
+    )
+
+
+def _few(settings: Settings) -> str:
+    if settings.pairs >= 20:
+        return ""
+    return (
+        f"<p><strong>This is a trial of {settings.pairs} pairs.</strong> A bootstrap over so few prompts gives intervals "
+        "that are too narrow: read its verdicts as a demonstration, not as a finding.</p>"
     )
 
 
