@@ -18,7 +18,7 @@ import numpy as np
 
 from interp.probes.bootstrap import mean_interval
 from interp.probes.maps import resize_matrix
-from interp.probes.rivals import log_odds, logarithm
+from interp.probes.rivals import FLOOR, log_odds, logarithm
 from interp.probes.words import prompt_words
 from interp.scenes.grammar import Scene
 from interp.scenes.masks import THRESHOLDS, average_precision, intersection_over_union, pointing
@@ -130,8 +130,8 @@ def recipes(m: Maps, levels: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Return the maps of each target by each recipe that has nothing to choose."""
     raw, logs = m.raw.mean((0, 1)), m.logs.mean((0, 1))
     fine = m.raw[:, m.grid != m.grid.max()].mean((0, 1))
-    per_word = of_tokens(m.raw, m.words)
-    renormalised = of_tokens(m.raw, m.wanted) / per_word.sum(2, keepdims=True)
+    seen = np.maximum(m.raw, FLOOR)  # a cubic may leave a pixel without any attention
+    renormalised = of_tokens(seen, m.wanted) / of_tokens(seen, m.words).sum(2, keepdims=True)
     spread = (m.raw - m.raw.mean(-1, keepdims=True)) / (m.raw.std(-1, keepdims=True) + 1e-12)
     standard = spread.mean((0, 1))
     heads = np.stack([logarithm(m.raw[:, m.layer == k].mean(1)) for k in np.unique(m.layer)]).mean((0, 1))
@@ -140,7 +140,7 @@ def recipes(m: Maps, levels: tuple[int, ...]) -> dict[str, np.ndarray]:
     return {
         "DAAM: mean, without the coarsest grid": of_tokens(fine, m.wanted),
         "mean of all": of_tokens(raw, m.wanted),
-        "mean, share of the words": of_tokens(raw, m.wanted) / of_tokens(raw, m.words).sum(0),
+        "mean, share of the words": of_tokens(raw, m.wanted) / np.maximum(of_tokens(raw, m.words).sum(0), FLOOR),
         "each map a share of the words (no BOS), mean": renormalised.mean((0, 1)),
         "each map standardised, mean": of_tokens(standard, m.wanted),
         "each map standardised, minus the mean word": of_tokens(standard, m.wanted)
@@ -252,8 +252,8 @@ def table(first: Scores, second: Scores, chosen: dict[str, tuple[Any, ...]]) -> 
     names: dict[str, Any] = {str(n): n for n in second.found if isinstance(n, str)}
     names |= chosen
     lines = [
-        "| recipe | average precision | color | shape | span | pointing | mIoU | at |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| recipe | choosing half | average precision | color | shape | span | pointing | mIoU | at |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     units, kind = np.array(second.picture), np.array(second.kind)
 
@@ -265,10 +265,18 @@ def table(first: Scores, second: Scores, chosen: dict[str, tuple[Any, ...]]) -> 
         precision, point, overlap = second.of(name)
         at = int(first.of(TWIN.get(text, name))[2].mean(0).argmax())
         of_kind = " | ".join(f"{precision[kind == k].mean():.3f}" for k in KINDS)
-        text = f"{text} ({', '.join(map(str, name[2:]))})" if name is not text and not isinstance(name, str) else text
-        lines.append(
-            f"| {text} | {shown(precision)} | {of_kind} | {shown(point)} | {shown(overlap[:, at])} | {THRESHOLDS[at]:.2f} |"
+        half = f"{first.precision(name):.3f}" if name in first.found else "–"
+        which = "" if isinstance(name, str) else f" ({', '.join(map(str, name[2:]))})"
+        cells = (
+            text + which,
+            half,
+            shown(precision),
+            of_kind,
+            shown(point),
+            shown(overlap[:, at]),
+            f"{THRESHOLDS[at]:.2f}",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
