@@ -1,6 +1,6 @@
 """What `plan.memory` predicts against what a GPU really took, for several captures and batch sizes.
 
-    python tests/benchmarks/bench_memory.py [--steps 2] [--batches 1 4 8]
+    python -m tests.benchmarks.bench_memory [--steps 2] [--batches 1 4 8]
 
 Stable Diffusion 1.5's architecture and a small FLUX-like transformer, both with random weights, fp16. Prints predicted and
 measured peaks in GiB and their ratio, traced and untraced: the peak of all device memory (weights, activations, and what
