@@ -445,6 +445,6 @@ def find_family(pipe: Any) -> Family:
         if cls.matches(pipe):
             return cls(pipe)
     raise InterpError(
-        f"no model family describes a {type(pipe).__name__}; installed families: {sentence_list(known)}; "
+        f"no model family describes a {type(pipe).__name__}; installed families: {sentence_list(known, len(known))}; "
         "a family for it can be added through the entry-point group 'interp.families'"
     )
