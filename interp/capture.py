@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from interp.errors import InterpError, nearest, sentence_list
-from interp.families import PARTS, AttentionSite
+from interp.families import PARTS, AttentionSite, find_family
 from interp.named_reductions import NAMED, named
 from interp.patterns import matching
 from interp.warning import warn
@@ -278,6 +278,16 @@ def check_region(region: Any, owner: str) -> None:
             f"{owner}(region={region!r}): give (top, left, bottom, right) in fractions of the picture, e.g. "
             "(0, 0, 0.5, 1) for its upper half"
         )
+
+
+def default_capture(pipe: Any) -> Capture:
+    """What is kept if nothing is asked for; attention only where the model's family knows it, which is said."""
+    family = find_family(pipe)
+    if not family.fallback:
+        return Capture()
+    why = next(iter(family.without_probabilities().values()))
+    warn(f"{why}; latents, predictions and pictures are kept, as by Capture(attention=None)")
+    return Capture(attention=None)
 
 
 def _qualified(fn: Reduce) -> str:

@@ -70,7 +70,10 @@ def timeline(scheduler: Any, steps: int, device: Any = "cpu", schedule: Mapping[
     """
     copy = deepcopy(scheduler)
     try:
-        if schedule and "sigmas" in schedule:  # then the number of steps is their number, and not given
+        if schedule and schedule.keys() & {
+            "sigmas",
+            "timesteps",
+        }:  # then the number of steps is their number, and not given
             copy.set_timesteps(device=device, **schedule)
         else:
             copy.set_timesteps(steps, device=device, **(schedule or {}))

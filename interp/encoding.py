@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from interp.autoencoding import to_latents
-from interp.capture import Capture
+from interp.capture import Capture, default_capture
 from interp.errors import InterpError
 from interp.families import find_family
 from interp.hooks import DenoiserCall, HookRegistry
@@ -80,7 +80,7 @@ def encode_image(
     pipe = load(pipe) if isinstance(pipe, str) else pipe
     pictures = _pictures(image)
     pictures, rows = _paired(pictures, prompt)
-    chosen = capture or Capture()
+    chosen = capture or default_capture(pipe)
     family = find_family(pipe)
     with noise_levels(pipe, timestep) as levels:
         planned = plan(

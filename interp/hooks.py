@@ -22,6 +22,7 @@ from interp.clock import Clock, StepEnd
 from interp.compiling import plain, run_eagerly
 from interp.errors import InterpError
 from interp.families import Arguments, AttentionSite, DenoiserInputs, Family, Pass, Spans, find_family
+from interp.families.glance import GLANCING
 from interp.kernels import AttentionCall, KernelObserver
 from interp.overriding import override_call, watch_context
 
@@ -340,7 +341,7 @@ class HookRegistry:
     def _apply(self, site: str, tensor: torch.Tensor, kernel_call: int = 0) -> torch.Tensor | None:
         """Let writers change and readers see the rows of each branch; None if nothing was changed."""
         call = self._call
-        if call is not None and _RUNNING.get() is None:
+        if GLANCING.get() or (call is not None and _RUNNING.get() is None):
             return None  # not the pipeline's own call: a module that an nnsight block runs by itself, beside it
         if call is None:  # outside the denoiser: the text encoder, which runs once per branch before the first step
             call = DenoiserCall((), {}, ("",), -1, float("nan"), 0, tensor.shape[0])

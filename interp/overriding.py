@@ -18,6 +18,7 @@ def override_call(owner: Any, around: Callable[..., Any]) -> Callable[[], None]:
         return around(self, partial(original.__call__, self), args, kwargs)
 
     owner.__class__ = type(original.__name__, (original,), {"__call__": __call__, "__module__": original.__module__})
+    owner.__class__._overrides = original
 
     def undo() -> None:
         owner.__class__ = original
@@ -25,9 +26,19 @@ def override_call(owner: Any, around: Callable[..., Any]) -> Callable[[], None]:
     return undo
 
 
+def own_class(owner: Any) -> Any:
+    """Return an object's class without what `override_call` put over it."""
+    cls = owner.__class__
+    while "_overrides" in vars(cls):
+        cls = cls._overrides
+    return cls
+
+
 def watch_context(module: Any, tell: Callable[[str | None], None]) -> Callable[[], None]:
     """Tell the name of each `cache_context` that the pipeline opens around a denoiser call; return the undo."""
-    own = module.cache_context
+    own = getattr(module, "cache_context", None)
+    if own is None:
+        return lambda: None
 
     @contextmanager
     def named(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, cast
 
 from interp.budget import check_budget, size
-from interp.capture import AttentionPart, Capture
+from interp.capture import AttentionPart, Capture, default_capture
 from interp.captured import ReduceCapture, SiteCapture, captured_attention, captured_reductions, captured_sites
 from interp.clock import Timeline, timeline
 from interp.costs import planned_bytes
@@ -153,7 +153,7 @@ def plan(
     from interp.loading import load
 
     pipe = load(pipe) if isinstance(pipe, str) else pipe
-    family, capture, table = find_family(pipe), capture or Capture(), prompt_table(prompts, negative_prompt)
+    family, capture, table = find_family(pipe), capture or default_capture(pipe), prompt_table(prompts, negative_prompt)
     if not isinstance(steps, int) or steps < 1:
         raise InterpError(f"steps={steps!r}: give the number of sampling steps, at least 1")
     if not isinstance(guidance_scale, Real | None) or (
@@ -169,6 +169,8 @@ def plan(
     times = timeline(pipe.scheduler, steps, schedule=family.schedule(arguments))
     for changes in named.values():
         check_all(changes, times, table.columns, family.guided(arguments))
+    if any(named.values()):
+        family.check_changes(arguments)
     rows = table.rows(range(len(table)))
     prompts = [(family.tokenize(row["prompt"], arguments), row) for row in rows]
     for change in (c for changes in named.values() for c in changes):

@@ -75,7 +75,8 @@ class Recorder:
         self._noise: dict[str, torch.Tensor] = {}
         self._text: dict[str, torch.Tensor] = {}
         self._evaluated: set[str] = set()
-        self._passes = dict.fromkeys(BRANCHES, 0)
+        self._passes: dict[str, int] = defaultdict(int, dict.fromkeys(BRANCHES, 0))
+        self._names: dict[str, str] = {}  # of numbered branches
         self._final: torch.Tensor | None = None
         self._steps = 0
         self._selection = selection
@@ -106,12 +107,21 @@ class Recorder:
             self._calls[kernel.site].append((replace(kernel, value=None), call))  # values are not needed, and large
 
     def _on_site(self, wanted: SiteCapture, tensor: torch.Tensor, at: At) -> None:
-        if at.step not in self._kept or at.evaluation or at.call or at.branch not in self.plan.capture.branches:
+        if at.step not in self._kept or at.evaluation or at.call or not self._wanted(at.branch):
             return
         value, key = wanted.keep(tensor), (wanted.site, at.branch)
         if wanted.quantity == UPDATE:  # the input comes first
             value = value if at.site.endswith(":in") else value - self._values[key]
+        elif key in self._values:
+            raise InterpError(
+                f"{wanted.site!r} runs several times within one call of the denoiser, so which tensor to keep is unknown; "
+                "read it with interp.HookRegistry"
+            )
         self._values[key] = value
+
+    def _wanted(self, branch: str) -> bool:
+        """Numbered branches are named at the step's end."""
+        return branch in self.plan.capture.branches or branch.startswith("#")
 
     def _on_call(self, call: DenoiserCall) -> None:
         if call.step == 0 and call.evaluation == 0:
@@ -124,11 +134,12 @@ class Recorder:
             self._passes[branch] += 1
         if prediction.call.evaluation == 0:
             self._evaluated |= set(prediction.outputs)
-            if self.plan.capture.noise_pred:
+            if self.plan.capture.noise_pred or any(b.startswith("#") for b in prediction.outputs):
                 self._noise |= {b: t.detach().clone() for b, t in prediction.outputs.items()}
 
     def _on_step(self, end: StepEnd) -> None:
         self._final = end.next_latents
+        self._name_branches(end)
         if end.evaluation:
             return
         if end.step >= len(self.plan.timeline):
@@ -158,8 +169,28 @@ class Recorder:
         self._evaluated = set()
         self._outbox.send(parcel, self._append)
 
+    def _name_branches(self, end: StepEnd) -> None:
+        """Give numbered branches their names, which a step's first evaluation tells."""
+        if not any(b.startswith("#") for b in self._passes):
+            return
+        if end.evaluation == 0:
+            try:
+                self._names = self.hooks.family.name_branches(self._noise, end.model_output)
+            except InterpError:
+                if self.plan.capture.noise_pred or self.plan.sites:
+                    raise
+                self._names = {}
+            self._noise = {self._names.get(b, b): t for b, t in self._noise.items()}
+            self._values = {(site, self._names.get(b, b)): t for (site, b), t in self._values.items()}
+            self._evaluated = {self._names.get(b, b) for b in self._evaluated}
+        for number in [b for b in self._passes if b.startswith("#")]:
+            count = self._passes.pop(number)
+            self._passes[self._names.get(number, "unnamed")] += count
+
     def _applied_guidance(self) -> float:
         """The scale w of u + w·(c − u) that was really applied: 0 without text, 1 with text alone."""
+        if any(b.startswith("#") for b in self._evaluated):  # of branches without names
+            return float("nan")
         if self._evaluated == {"uncond"}:
             return 0.0
         if self._evaluated == {"cond"}:
@@ -288,7 +319,7 @@ class Recorder:
                 "was it interrupted, or the scheduler changed inside the call?"
             )
         final = self._final.detach().float().cpu().numpy()
-        passes = np.array([self._passes[b] for b in BRANCHES])
+        passes = np.array([-1 if self._passes["unnamed"] else self._passes[b] for b in BRANCHES])
         text = self._text_states()
         for row, i in self._written:
             self.writer.put(i, "trajectory/final_latents", final[row])

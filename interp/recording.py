@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from interp.capture import Capture
+from interp.capture import Capture, default_capture
 from interp.errors import InterpError, sentence_list
 from interp.families import find_family
 from interp.hooks import HookRegistry
@@ -58,7 +58,7 @@ def record(
             f"{str(store)!r} exists already, and interp.record starts a new run; choose another path, or use "
             "interp.trace, which resumes"
         )
-    recording = Recording(store, capture or Capture(), condition)
+    recording = Recording(store, capture or default_capture(pipe), condition)
     undo = override_call(pipe, recording.call)
     try:
         yield recording

@@ -147,7 +147,7 @@ def call_arguments(pipe: Any, planned: Plan, batch: Sequence[int]) -> dict[str, 
     asked = family.run_arguments(
         planned.guidance_scale, negatives, planned.options, any_negative=any(columns["negative_prompt"])
     )
-    return {
+    return family.call_arguments({
         "prompt": [columns["prompt"][i] for i in batch],
         "num_inference_steps": planned.steps,
         "height": planned.height,
@@ -155,4 +155,4 @@ def call_arguments(pipe: Any, planned: Plan, batch: Sequence[int]) -> dict[str, 
         "generator": [torch.Generator("cpu").manual_seed(columns["seed"][i]) for i in batch],
         "output_type": "pil" if planned.capture.image else "latent",
         **asked,
-    }
+    })  # fmt: skip

@@ -197,6 +197,13 @@ class Family(ABC):
             InterpError: what it is, and what to do instead.
         """
 
+    def check_changes(self, arguments: Arguments) -> None:  # noqa: B027 - most pipelines can be intervened on
+        """Refuse interventions of a call that cannot carry any."""
+
+    def call_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a run's call as the pipeline takes them."""
+        return dict(given)
+
     def guided(self, arguments: Arguments) -> bool:
         """Tell whether a call with these arguments evaluates the branch without text."""
         return float(arguments.get(self.guidance_argument) or 1) > 1
@@ -299,6 +306,10 @@ class Family(ABC):
         """Return the scheduler's timestep of a denoiser call, or None if the denoiser is given a changed one."""
         time = args[1] if len(args) > 1 else kwargs["timestep"]
         return float(torch.as_tensor(time).flatten()[0])
+
+    def name_branches(self, outputs: Mapping[str, torch.Tensor], model_output: torch.Tensor) -> dict[str, str]:
+        """Name branches that have numbers alone, by what `scheduler.step` was given of their predictions."""
+        raise NotImplementedError(f"{type(self).__name__} names its branches")
 
     def keep_rows(
         self, inputs: DenoiserInputs, rows: int, branches: tuple[str, ...], kept: tuple[str, ...]

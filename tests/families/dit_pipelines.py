@@ -5,6 +5,8 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderDC,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -21,6 +23,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    GlmConfig,
+    GlmModel,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -130,3 +134,27 @@ def auraflow() -> AuraFlowPipeline:
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
         )
     )  # fmt: skip
+
+
+def cogview4() -> CogView4Pipeline:
+    """CogView4, which no family describes: a call per branch, named by `cache_context`, and noise levels of its own."""
+    torch.manual_seed(0)
+    tok = gemma_tokenizer()
+    transformer = CogView4Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, text_embed_dim=32,
+        time_embed_dim=8, condition_dim=4, sample_size=16,
+    )  # fmt: skip
+    encoder = GlmConfig(
+        vocab_size=len(tok), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75)
+    return base._quiet(
+        CogView4Pipeline(
+            tokenizer=tok,
+            text_encoder=GlmModel(encoder).eval(),
+            vae=base._vae(),
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+    )
