@@ -53,7 +53,13 @@ def check_text_positions(case: FamilyCase) -> None:
     keys: list[torch.Tensor] = []
 
     def keep(kernel: Any, call: DenoiserCall) -> None:
-        if call.step == 0 and call.evaluation == 0 and "cond" in call.branches and kernel.key is not None:
+        if (
+            call.step == 0
+            and call.evaluation == 0
+            and "cond" in call.branches
+            and kernel.call == 0
+            and kernel.key is not None
+        ):
             row = call.branches.index("cond") * call.samples
             keys.append(kernel.key[row, :, hooks.spans(kernel, call).text_keys].detach().clone())
 
