@@ -7,6 +7,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
 )
@@ -19,6 +20,7 @@ DIFFUSION = {
     cls.__name__: partial(lambda cls, own: cls.from_config(own.config), cls)
     for cls in (DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler)
 }
+FLOW = {"FlowMatchEuler": lambda own: FlowMatchEulerDiscreteScheduler(shift=3.0)}
 FLOW_HEUN = {"FlowMatchHeun": lambda own: FlowMatchHeunDiscreteScheduler(shift=3.0)}
 SHORT = {"max_sequence_length": 24}
 THREE_LAYERS = {"max_sequence_length": 40, "text_encoder_out_layers": [1, 2, 3]}
@@ -39,8 +41,8 @@ FAMILIES = {
     "flux2_klein": {"options": THREE_LAYERS, "steps": 2, "reference": fused_attention},
     "qwenimage": {"steps": 2, "guided": {"true_cfg_scale": 4.0}, "unguided": {"true_cfg_scale": 1.0}},
     "zimage": {"steps": 2, "options": {"cfg_normalization": 1.0}, "unguided": {"guidance_scale": 0.0}},
-    "sana": {"options": {**NO_BINS, "complex_human_instruction": INSTRUCTION}, "size": (32, 64)},
-    "hunyuandit": {"options": {"use_resolution_binning": False}, "size": (64, 96)},
+    "sana": {"options": {**NO_BINS, "complex_human_instruction": INSTRUCTION}, "size": (32, 64), "schedulers": FLOW},
+    "hunyuandit": {"options": {"use_resolution_binning": False}, "size": (64, 96), "schedulers": DIFFUSION},
     "auraflow": {"options": SHORT, "schedulers": FLOW_HEUN},
 }
 
