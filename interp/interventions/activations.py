@@ -40,6 +40,12 @@ class _FromRun(AtSite):
     def _named(self) -> str:
         return f"{type(self).__name__} from {described(self.source or '')}"
 
+    def __repr__(self) -> str:
+        own = super().__repr__()
+        return (
+            own if not isinstance(self.source, Run) else own.replace(repr(self.source), f"<{described(self.source)}>")
+        )
+
     def spec(self) -> dict[str, Any]:
         """Name and fields; a source that lives in memory cannot be rebuilt."""
         if self.source is None or isinstance(self.source, str):

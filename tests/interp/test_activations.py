@@ -434,6 +434,7 @@ def test_a_source_on_disk_is_a_path_and_one_in_memory_is_said_so(tmp_path):
     assert patch.source == str(path) and from_spec(patch.spec()) == patch
     assert not changed(traced(pipe, patch), traced(pipe, interp.Patch(source(), MID, start=0.5)))
     memory = interp.Patch(source(), MID)
+    assert repr(memory) == "Patch(source=<a run in memory of 2 samples>, site='unet.mid_block:out')"
     assert memory.spec()["serialisable"] is False and "in memory" in memory.spec()["source"]
     run = traced(pipe, memory)
     with pytest.raises(interp.InterpError, match="edit in Python"):
