@@ -1,6 +1,6 @@
 """Steer a color: the mean difference of two groups of prompts, added at one block with growing strength (arXiv:2308.10248).
 
-python examples/steering.py [number of prompts, default 3]
+python examples/steering.py [number of prompts, default 2]
 """
 
 import sys
@@ -12,20 +12,20 @@ import interp
 from interp.interventions import steering_vector
 
 if __name__ == "__main__":
-    n = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    n = int(sys.argv[1]) if len(sys.argv) > 1 else 2
     shapes, site = ["circle", "star", "square", "triangle", "heart", "ring"], "unet.mid_block:out"
     colored = {c: [f"a large {c} {s} on a gray background" for s in shapes[:n]] for c in ("red", "blue")}
     pipe = interp.load("scenes")
 
-    both = interp.trace(pipe, colored["red"] + colored["blue"], steps=6,
+    both = interp.trace(pipe, colored["red"] + colored["blue"], steps=4,
                         capture=interp.Capture(attention=None, image=False, sites=(site,)))  # fmt: skip
     vector = steering_vector(both, site, positive=range(n, 2 * n), negative=range(n))
 
-    strengths = [0.0, 2.0, 4.0, 8.0]
+    strengths = [0.0, 1.0, 2.0, 4.0]
     run = interp.trace(
         pipe,
         [{"prompt": a, "target": b} for a, b in zip(*colored.values(), strict=True)],
-        steps=6,
+        steps=4,
         conditions={f"{k:g}": [interp.Steer(site, vector, coefficient=k)] for k in strengths},
         capture=interp.Capture(attention=None),
         scores=["judge"],

@@ -64,7 +64,7 @@ def sweep(
         corrupted: Interventions that damage every point first; each point then tries to restore something, and `recovered`
             says how much came back (causal tracing).
         store: Path of the run.
-        capture: What to keep; default: the pictures.
+        capture: What to keep; default: the pictures, where a metric needs them.
         resamples: Of the bootstrap over prompts.
 
     Returns:
@@ -87,7 +87,7 @@ def sweep(
         pipe, prompts, seeds=seeds, steps=steps, guidance_scale=guidance_scale, height=height, width=width,
         negative_prompt=negative_prompt, batch_size=batch_size, options=options, store=store, progress=progress,
         conditions=conditions,
-        capture=capture or Capture(attention=None, latents=False, noise_pred=False),
+        capture=capture or Capture(attention=None, latents=False, noise_pred=False, image=metrics != ["latent_distance"]),
     )  # fmt: skip
     run, names = _measured(run, metrics)
     return run.probe("sweep", metrics=names, resamples=resamples)

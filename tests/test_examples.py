@@ -10,7 +10,9 @@ SCRIPTS = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
 def test_there_is_one_for_each_use() -> None:
-    assert {s.stem for s in SCRIPTS} >= {"custom_probe", "plain_xarray", "intervene_and_compare"}
+    assert {s.stem for s in SCRIPTS} >= {
+        "custom_probe", "plain_xarray", "intervene_and_compare", "layer_sweep", "causal_tracing", "steering",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.stem)

@@ -27,6 +27,8 @@ EXPECTED = {
     "interventions": [
         "[10  6 10 10]",
         "[2 1 2] [-1 -1 16]",
+        "('layers', 'metric', 'pair')",
+        "[1. ",  # all of the last layer's states bring everything back
         "'all [SOS]', '[SOS] + 76 [EOS]'] ['bos', 'eos']",
         "[-1  0  2  4] 0.0",
         "no pooled vector",
