@@ -1,20 +1,20 @@
-"""The command line: `interp demo · trace · run · score · probe · probes · sites · info · verify · reproduce`.
+"""The command line: `interp demo · trace · run · sweep · score · probe · probes · sites · info · verify · reproduce`.
 
 Exit codes: 0 done, 1 some samples failed, 2 the user's mistake (one sentence, no traceback).
 """
 
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
+from interp.command_values import read_assignments, read_conditions, read_intervention, read_seeds, read_size
 from interp.errors import InterpError
 from interp.job_commands import RunPath, add_commands
 from interp.reproduction.command import add_command
+from interp.sweep_command import sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,17 +74,17 @@ def trace(
     import interp
 
     table: Any = Path(prompts[0]) if len(prompts) == 1 and prompts[0].endswith((".csv", ".jsonl", ".txt")) else prompts
-    height, width = _size(size)
+    height, width = read_size(size)
     settings: dict[str, Any] = {
-        "seeds": _seeds(seeds),
+        "seeds": read_seeds(seeds),
         "steps": steps,
         "guidance_scale": guidance,
         "height": height,
         "width": width,
         "negative_prompt": negative,
-        "capture": interp.Capture(**_assignments(capture or [])),
-        "interventions": [_intervention(text) for text in intervene] if intervene else None,
-        "conditions": _conditions(condition) if condition else None,
+        "capture": interp.Capture(**read_assignments(capture or [])),
+        "interventions": [read_intervention(text) for text in intervene] if intervene else None,
+        "conditions": read_conditions(condition) if condition else None,
         "batch_size": batch_size or "auto",
     }
     if plan_only:
@@ -137,7 +137,7 @@ def score(
     from interp.scoring import score as score_run
     from interp.scoring.means import table
 
-    options = _assignments(param or []) | ({} if clip_model is None else {"clip_model": clip_model})
+    options = read_assignments(param or []) | ({} if clip_model is None else {"clip_model": clip_model})
     clash = sorted({"pipe", "steps", "batch_size", "again", "progress"} & set(options))
     if clash:
         raise InterpError(f"--param {clash[0]} is no metric's option; see interp score --help")
@@ -185,7 +185,7 @@ def probe(
         if path.suffix == ".zarr" and path.exists():
             raise InterpError(f"{str(path)!r} exists already; choose another path")
     opened = open_run(run)
-    result = opened.probe(name, **_assignments(param or []))
+    result = opened.probe(name, **read_assignments(param or []))
     print(result)
     for path in out or []:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,6 +230,7 @@ def sites(
 
 
 add_commands(app)
+app.command()(sweep)
 add_command(app)
 
 
@@ -243,65 +244,6 @@ def _long_table(result: Any) -> Any:
             values = array.drop_vars([c for c in array.coords if c not in array.dims])
             parts.append(values.to_series().rename("value").reset_index().assign(variable=name))
     return pd.concat(parts)[lambda t: ["variable", *(c for c in t if c not in ("variable", "value")), "value"]]
-
-
-def _assignments(texts: list[str]) -> dict[str, Any]:
-    """Read `name=value` pairs; values are YAML scalars or lists (`steps=[0, 5]`)."""
-    found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip():
-            raise InterpError(f"cannot read {text!r}: write name=value")
-        try:
-            found[name.strip()] = _plain(yaml.safe_load(value))
-        except yaml.YAMLError:  # a glob such as *attn2 is no YAML, but plain text
-            found[name.strip()] = value
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """Take `{target}`, a column of the prompt table, as the text that it is; YAML reads a mapping."""
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    column = isinstance(value, dict) and list(value.values()) == [None]
-    return f"{{{next(iter(value))}}}" if column else value
-
-
-def _intervention(text: str) -> Any:
-    """Read `remove_text start=0.6`."""
-    from interp.interventions import from_spec
-
-    name, *fields = shlex.split(text) or [""]
-    return from_spec({"name": name, **_assignments(fields)})
-
-
-def _conditions(texts: list[str]) -> dict[str, list[Any]]:
-    """Read `late: remove_text start=0.6; replace_eos prompt={target}`."""
-    found: dict[str, list[Any]] = {}
-    for text in texts:
-        name, colon, rest = text.partition(":")
-        if not colon or not name.strip():
-            raise InterpError(f"cannot read the condition {text!r}: write 'name: intervention field=value; …'")
-        found[name.strip()] = [_intervention(part) for part in rest.split(";") if part.strip()]
-    return found
-
-
-def _seeds(text: str) -> list[int]:
-    from interp.jobs.spec import parse_seeds
-
-    try:
-        return parse_seeds(text)
-    except ValueError as error:
-        raise InterpError(str(error)) from None
-
-
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    height, x, width = text.lower().partition("x")
-    if not (x and height.isdigit() and width.isdigit()):
-        raise InterpError(f"cannot read the size {text!r}: write HEIGHTxWIDTH, e.g. 512x768")
-    return int(height), int(width)
 
 
 def main() -> None:

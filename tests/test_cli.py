@@ -155,3 +155,27 @@ def test_a_mistake_is_one_sentence_and_code_2(words: list[str], sentence: str, r
     assert len(done.stderr.strip().splitlines()) == 1
     assert (tmp_path / "folder" / "thesis.txt").read_text() == "mine"
     assert not (tmp_path / "x.zarr").exists()
+
+
+def test_sweep(tmp_path: Path) -> None:
+    asked = [
+        "sweep",
+        "scenes",
+        "a red circle",
+        "--over",
+        "window=[[0, 0.5], [0.5, 1]]",
+        "--steps",
+        "2",
+        "-o",
+        "sweep.zarr",
+    ]
+    done = interp(*asked, "--intervene", "ablate site=unet.mid_block:out", "-m", "latent_distance", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if "latent_distance" in line]
+    assert len(rows) == 2 and "0–0.5" in done.stdout and "0.5–1" in done.stdout and "effect" in done.stdout
+    done = interp("probe", "sweep", "sweep.zarr", "--out", "sweep.png", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "sweep.png").stat().st_size > 1000
+    done = interp(*asked, "--intervene", "ablate sit=x", cwd=tmp_path)
+    assert done.returncode == 2 and "did you mean 'site'" in done.stderr
+    done = interp(*asked[:3], "--over", "site=x", "-o", "other.zarr", "--intervene", "ablate", cwd=tmp_path)
+    assert done.returncode == 2 and "write a list of values" in done.stderr

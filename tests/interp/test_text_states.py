@@ -196,12 +196,12 @@ def test_a_number_of_eos(align, skip, count):
 
 
 def test_the_command_line_reads_them():
-    from interp.cli import _intervention
+    from interp.command_values import read_intervention
 
-    assert _intervention("replace_tokens words=[red] value=zero") == interp.ReplaceTokens(words=("red",))
-    assert _intervention("replace_tokens words=[{word}]") == interp.ReplaceTokens(words="{word}")
-    assert _intervention("encoder_layer layer=2 start=0.5") == interp.EncoderLayer(2, start=0.5)
-    assert _intervention("replace_eos prompt={target} count=3 side=v") == interp.ReplaceEOS(
+    assert read_intervention("replace_tokens words=[red] value=zero") == interp.ReplaceTokens(words=("red",))
+    assert read_intervention("replace_tokens words=[{word}]") == interp.ReplaceTokens(words="{word}")
+    assert read_intervention("encoder_layer layer=2 start=0.5") == interp.EncoderLayer(2, start=0.5)
+    assert read_intervention("replace_eos prompt={target} count=3 side=v") == interp.ReplaceEOS(
         "{target}", count=3, side="v"
     )
 
