@@ -24,6 +24,10 @@ _HOME = {
     "score": "interp.scoring",
     "sweep": "interp.sweeping",
     "Intervention": "interp.interventions",
+    "AdaptiveGuidance": "interp.interventions",
+    "CacheCrossAttention": "interp.interventions",
+    "GuidanceInterval": "interp.interventions",
+    "GuidanceScale": "interp.interventions",
     "Ablate": "interp.interventions",
     "AddNoise": "interp.interventions",
     "Patch": "interp.interventions",
@@ -43,11 +47,15 @@ _HOME = {
 
 __all__ = [
     "Ablate",
+    "AdaptiveGuidance",
     "AddNoise",
     "At",
+    "CacheCrossAttention",
     "Capture",
     "Edit",
     "EncoderLayer",
+    "GuidanceInterval",
+    "GuidanceScale",
     "HookRegistry",
     "InterpError",
     "Intervention",
@@ -83,9 +91,13 @@ if TYPE_CHECKING:
     from interp.hooks import At as At
     from interp.hooks import HookRegistry as HookRegistry
     from interp.interventions import Ablate as Ablate
+    from interp.interventions import AdaptiveGuidance as AdaptiveGuidance
     from interp.interventions import AddNoise as AddNoise
+    from interp.interventions import CacheCrossAttention as CacheCrossAttention
     from interp.interventions import Edit as Edit
     from interp.interventions import EncoderLayer as EncoderLayer
+    from interp.interventions import GuidanceInterval as GuidanceInterval
+    from interp.interventions import GuidanceScale as GuidanceScale
     from interp.interventions import Intervention as Intervention
     from interp.interventions import NNsightEdit as NNsightEdit
     from interp.interventions import Patch as Patch

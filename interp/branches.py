@@ -1,12 +1,14 @@
-"""Branches of a denoiser call: as rows of one call, or as calls of their own; taking some out, and what replaces them."""
+"""Branches of a denoiser call: which rows hold them, taking rows out, and what stands in for those that were not run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from interp.errors import InterpError
+
+Held = Mapping[str, tuple[int, ...]]
+"""Branch → the samples of the batch whose rows a call holds, in row order."""
 
 
 def _map_tensors(tree: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -23,78 +25,56 @@ def _map_tensors(tree: Any, fn: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return tree
 
 
-def split_rows(tensor: torch.Tensor, branches: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Split (branch·sample, …) into branch → (sample, …), views in row order."""
-    return dict(zip(branches, tensor.chunk(len(branches)), strict=True)) if branches else {}
+def split_held(tensor: torch.Tensor, held: Held) -> dict[str, torch.Tensor]:
+    """Split rows into branch → (sample, …), views in row order, where branches may hold some samples alone."""
+    return dict(zip(held, tensor.split([len(members) for members in held.values()]), strict=True)) if held else {}
 
 
-def keep_rows(tree: Any, rows: int, branches: tuple[str, ...], kept: tuple[str, ...]) -> Any:
-    """Keep the rows of some branches in every tensor whose first dimension holds all `rows`."""
-
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        if x.ndim == 0 or x.shape[0] != rows:
-            return x
-        parts = split_rows(x, branches)
-        return parts[kept[0]] if len(kept) == 1 else torch.cat([parts[b] for b in kept])
-
-    return _map_tensors(tree, keep)
+def row_numbers(given: Held, kept: Held) -> list[int]:
+    """Return the numbers of the kept rows among the given ones."""
+    pairs = [(branch, sample) for branch, members in given.items() for sample in members]
+    return [i for i, (branch, sample) in enumerate(pairs) if sample in kept.get(branch, ())]
 
 
-def stack_rows(out: Any, branches: tuple[str, ...], kept: tuple[str, ...]) -> Any:
-    """Give every dropped branch the first kept branch's output."""
-
-    def stack(x: torch.Tensor) -> torch.Tensor:
-        parts = split_rows(x, kept)
-        return torch.cat([parts.get(b, parts[kept[0]]) for b in branches])
-
-    return _map_tensors(out, stack)
+def take_rows(tensor: torch.Tensor, index: Sequence[int]) -> torch.Tensor:
+    """Return some rows: a view where they follow each other."""
+    if index and list(index) == list(range(index[0], index[0] + len(index))):
+        return tensor[index[0] : index[0] + len(index)]
+    return tensor[torch.tensor(index, dtype=torch.long, device=tensor.device)]
 
 
-class SkippedCalls:
-    """Denoiser calls of one evaluation that are not run: each gives the kept branch's output.
+def keep_rows(tree: Any, rows: int, index: Sequence[int]) -> Any:
+    """Keep the rows of these numbers in every tensor whose first dimension holds all `rows`."""
+    return _map_tensors(tree, lambda x: x if x.ndim == 0 or x.shape[0] != rows else take_rows(x, index))
 
-    With sequential guidance the kept branch may run after the skipped one. Then the skipped call returns a tensor full
-    of NaN that is filled in place as soon as the kept one has run, which is before the pipeline combines the two:
-    u + w·(c − u) is the kept prediction exactly, and a pipeline that copied the tensor too early shows NaN, never a
-    wrong number.
+
+def stand_ins(given: Held, kept: Held) -> list[int]:
+    """Return, for each given row, the number of the kept row whose output it gets: its own, or its sample's first.
+
+    Raises:
+        InterpError: no row of a sample is kept.
     """
+    number, own = {}, [(branch, sample) for branch, members in kept.items() for sample in members]
+    for i, (branch, sample) in enumerate(own):
+        number[branch, sample] = i
+        number.setdefault(("", sample), i)
+    try:
+        return [
+            number.get((branch, sample), number["", sample]) for branch, members in given.items() for sample in members
+        ]
+    except KeyError as error:
+        raise InterpError("every branch of a sample was dropped from a denoiser call; keep at least one") from error
 
-    def __init__(self) -> None:
-        self._waiting: list[torch.Tensor] = []
-        self._kept: torch.Tensor | None = None
-        self.dropped = False
-        """Some branch of this evaluation was dropped."""
 
-    def give(self, blank: Callable[[], torch.Tensor], as_tuple: bool) -> Any:
-        """Return the output of a call that is skipped."""
-        self.dropped = True
-        if self._kept is not None:
-            sample = self._kept.clone()
-        else:
-            sample = blank().fill_(float("nan"))
-            self._waiting.append(sample)
-        return (sample,) if as_tuple else Transformer2DModelOutput(sample=sample)
+def stack_rows(tree: Any, rows: int, source: Sequence[int]) -> Any:
+    """Give every tensor of so many rows its full height back; `source` is that of `stand_ins`."""
+    return _map_tensors(tree, lambda x: x if x.ndim == 0 or x.shape[0] != rows else take_rows(x, source))
 
-    def ran(self, sample: torch.Tensor, dropped: bool) -> None:
-        """Note the output of a call that was run, (sample, …) of the first kept branch, and fill those that wait."""
-        self._kept, self.dropped = sample, self.dropped or dropped
-        for waiting in self._waiting:
-            if waiting.shape != sample.shape or waiting.dtype != sample.dtype:
-                raise InterpError(
-                    f"a skipped denoiser call returned {tuple(waiting.shape)} {waiting.dtype}, but the kept branch gives "
-                    f"{tuple(sample.shape)} {sample.dtype}; this pipeline's branches cannot be dropped"
-                )
-            waiting.copy_(sample)
-        self._waiting.clear()
 
-    def end(self) -> None:
-        """End the evaluation.
-
-        Raises:
-            InterpError: every call of it was skipped.
-        """
-        waiting, self._waiting, self._kept, self.dropped = self._waiting, [], None, False
-        if waiting:
-            raise InterpError(
-                "every denoiser call of a step was skipped: the branch that was to be kept did not run; is guidance on?"
-            )
+def spread(tensor: torch.Tensor, members: tuple[int, ...], samples: int) -> torch.Tensor:
+    """Return (sample, …) of the whole batch from some of its samples; the others are NaN."""
+    if len(members) == samples:
+        return tensor
+    whole = torch.full((samples, *tensor.shape[1:]), float("nan"), dtype=tensor.dtype, device=tensor.device)
+    whole[list(members)] = tensor
+    return whole

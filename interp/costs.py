@@ -31,16 +31,17 @@ def _states(
 ) -> int:
     """Count what one sample has to store of its kept steps, over all branches.
 
-    Which branches are evaluated is told by `Intervention.branches`, which text is read by the claims that begin with
+    Which branches are evaluated is told by `Intervention.evaluated`, which text is read by the claims that begin with
     `text`.
     """
     windows = [(i, c, c.steps(times)) for i, c in enumerate(changes)]
+    policies = [c.evaluated(times) for c in changes]
     found = 0
     for branch in branches:
         states: set[object] = set()
         for step in kept:
             active = [(i, c) for i, c, steps in windows if step in steps]
-            absent = any((left := c.branches()) is not None and branch not in left for _, c in active)
+            absent = any(step in p and branch not in p[step] for p in policies)
             texts = tuple(
                 i for i, c in active if branch == "cond" and any(claim.startswith("text") for claim in c.claims())
             )

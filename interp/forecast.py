@@ -88,9 +88,9 @@ def _denoising(family: Family, plan: "Plan", recorded: bool) -> int:
         outputs = []
         inputs = repeated(family, family.dry_inputs(plan.arguments), len(batch) * len(calls[0]))
         for one in calls:
-            outputs.append(
-                hooks.rehearse(inputs, DenoiserCall(inputs.args, inputs.kwargs, one, step, 0.0, 0, len(batch), one))
-            )
+            held = dict.fromkeys(one, tuple(range(len(batch))))
+            call = DenoiserCall(inputs.args, inputs.kwargs, held, step, lambda: 0.0, 0, len(batch), one)
+            outputs.append(hooks.rehearse(inputs, call))
         del inputs
         if recorder is not None:
             recorder.rehearse(step, branches)

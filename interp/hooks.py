@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from interp.branches import SkippedCalls, split_rows
+from interp.branches import Held, row_numbers, split_held, stack_rows, stand_ins, take_rows
 from interp.calls import At, DenoiserCall, Prediction
 from interp.catalog import attention_sites, match_sites, split_site
 from interp.clock import Clock, StepEnd
 from interp.compiling import plain, run_eagerly
 from interp.errors import InterpError
+from interp.evaluation import Evaluation
 from interp.families import Arguments, AttentionSite, DenoiserInputs, Family, Pass, Spans, find_family
 from interp.families.glance import GLANCING
 from interp.kernels import AttentionCall, KernelObserver
@@ -65,7 +66,9 @@ class HookRegistry:
         self._observer = KernelObserver()
         self._clock: Clock | None = None
         self._call: DenoiserCall | None = None
-        self._skipped = SkippedCalls()
+        self._evaluation = Evaluation()
+        self._stand_ins: dict[str, Callable[[DenoiserCall], torch.Tensor | None]] = {}
+        self._stood_in: set[str] = set()
         self._passes = 0  # denoiser calls since the last scheduler.step
         self._context: str | None = None
         self.arguments: Arguments | None = None
@@ -85,7 +88,7 @@ class HookRegistry:
         return self._register(site, fn, self._writers)
 
     def on_call(self, fn: Callable[[DenoiserCall], None]) -> None:
-        """Call `fn` with every denoiser call before it runs; it may change `kwargs` and `keep`."""
+        """Call `fn` with every denoiser call before it runs; it may change `kwargs`, `keep`, `leave` and `scale`."""
         self._call_edits.append(fn)
 
     def on_prediction(self, fn: Callable[[Prediction], None]) -> None:
@@ -105,6 +108,17 @@ class HookRegistry:
         self._attention.setdefault(site.name, []).append(fn)
         if self._undo:
             self._hook_attention(site.name, site.module)
+
+    def stand_in(self, path: str, fn: Callable[[DenoiserCall], torch.Tensor | None]) -> None:
+        """Where `fn(call)` gives a tensor, the module at `path` does not run: the tensor is its output, all rows."""
+        self._stand_ins[path] = fn
+        if self._undo:
+            self._hook_stand_in(path)
+
+    def stood_in(self, site: str) -> bool:
+        """Tell whether something stood in for the module of a site, or one around it, in this step."""
+        path = split_site(site)[0] if ":" in site else site
+        return any(path == one or path.startswith(f"{one}.") for one in self._stood_in)
 
     def _register(self, site: str, fn: SiteFunction, where: dict[str, list[SiteFunction]]) -> list[str]:
         found = match_sites(self.family, site)
@@ -131,6 +145,8 @@ class HookRegistry:
         self._undo += [override_call(module, self._denoise) for module in called]
         if self.family.sequential:
             self._undo.append(watch_context(self.family.denoiser, self._name_context))
+        for path in self._stand_ins:
+            self._hook_stand_in(path)
         for site in {**self._readers, **self._writers}:
             self._hook_site(site)
         for site in self._attention:
@@ -142,7 +158,7 @@ class HookRegistry:
             self._undo.pop()()
         self._hooked.clear()
         self._call = None
-        self._skipped, self._passes, self._context = SkippedCalls(), 0, None
+        self._evaluation, self._passes, self._context = Evaluation(), 0, None
 
     def family_module(self, path: str) -> torch.nn.Module:
         """Return the module at a site's path, e.g. `unet.mid_block`."""
@@ -169,7 +185,7 @@ class HookRegistry:
             yield
         finally:
             self.arguments = outer
-            self._skipped, self._passes = SkippedCalls(), 0
+            self._evaluation, self._passes = Evaluation(), 0
 
     def _known(self) -> Arguments:
         return self.arguments if self.arguments is not None else self.family.arguments()
@@ -193,84 +209,94 @@ class HookRegistry:
         branches = around[-1].branches if around else self.family.branches(own)
         if not branches:  # of no branch, as skip-layer guidance: if branches were dropped, it must not bring them back
             return self._run_unnamed(run, args, kwargs)
-        call = self._begin(args, kwargs, branches)
+        call = self._begin(args, kwargs, around[-1] if around else branches)
         for edit in self._call_edits:
             edit(call)
-        kept = tuple(b for b in branches if b in call.keep)
+        held, kept = call.held, call.left()
         for one in (*around, call):
-            one.branches = kept
-        if not kept and plain(module) is not self.family.denoiser:
+            one.held = kept
+        is_denoiser = plain(module) is self.family.denoiser
+        if not kept and not is_denoiser:
             return run(*args, **kwargs)  # a ControlNet in guess mode, whose only rows go with what is dropped
-        if not kept:
-            return self._skip(call)
-        if kept != branches:
+        if not kept and not self.family.sequential:
+            raise InterpError("every branch was dropped from a denoiser call; keep at least one")
+        if kept != held and kept:
             inputs = DenoiserInputs(call.args, call.kwargs)
-            inputs = self.family.keep_rows(inputs, call.samples * len(branches), branches, kept)
+            rows = sum(map(len, held.values()))
+            inputs = self.family.keep_rows(inputs, rows, row_numbers(held, kept))
             call.args, call.kwargs = inputs.args, inputs.kwargs
         token = _RUNNING.set({**running, id(module): (*around, call)})
         outer, self._call = self._call, call
         try:
-            out = run(*call.args, **call.kwargs)
+            out = run(*call.args, **call.kwargs) if kept else None
         finally:
             _RUNNING.reset(token)
             self._call = outer
-        if plain(module) is self.family.denoiser:
-            self._predicted(call, branches, kept, out)
-        return out if kept == branches else self.family.stack_rows(out, branches, kept)
+        if is_denoiser:
+            return self._predicted(call, held, kept, out, lambda: self.family.blank_output(args, kwargs))
+        return out if kept == held else stack_rows(out, sum(map(len, kept.values())), stand_ins(held, kept))
 
-    def _begin(self, args: tuple, kwargs: dict, branches: tuple[str, ...]) -> DenoiserCall:
-        assert self._clock is not None
-        rows = self.family.rows(args, kwargs)
-        if rows % len(branches):
-            raise InterpError(
-                f"{type(self.pipe).__name__} called its denoiser with {rows} rows, which cannot hold the branches "
-                f"{branches}; guidance must be either on or off for the whole batch"
-            )
-        time = self.family.timestep(args, kwargs)
-        time = self._clock.timestep if time is None else time
-        return DenoiserCall(
-            args,
-            dict(kwargs),
-            branches,
-            self._clock.step,
-            time,
-            self._clock.evaluation,
-            rows // len(branches),
-            branches,
-        )
+    def _begin(self, args: tuple, kwargs: dict, known: DenoiserCall | tuple[str, ...]) -> DenoiserCall:
+        """Describe a call; `known` is that of the registry around this one, or its branches."""
+        clock, family = self._clock, self.family
+        assert clock is not None
+        if isinstance(known, DenoiserCall):
+            held, samples = known.held, known.samples
+        else:
+            rows = family.rows(args, kwargs)
+            if rows % len(known):
+                raise InterpError(
+                    f"{type(self.pipe).__name__} called its denoiser with {rows} rows, which cannot hold the branches "
+                    f"{known}; guidance must be either on or off for the whole batch"
+                )
+            samples = rows // len(known)
+            held = dict.fromkeys(known, tuple(range(samples)))
 
-    def _skip(self, call: DenoiserCall) -> Any:
-        if not self.family.sequential:
-            raise InterpError("every branch was dropped from a denoiser call; keep at least one")
-        return self._skipped.give(
-            lambda: self.family.blank_output(call.args, call.kwargs), call.kwargs.get("return_dict") is False
-        )
+        def time() -> float:
+            found = family.timestep(args, kwargs)
+            return clock.timestep if found is None else found
+
+        return DenoiserCall(args, dict(kwargs), held, clock.step, time, clock.evaluation, samples, tuple(held))
 
     def _run_unnamed(self, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        if self._skipped.dropped:
-            return self._skipped.give(lambda: torch.empty(0), kwargs.get("return_dict") is False)
-        outer, self._call = self._call, DenoiserCall(args, kwargs, (), -1, float("nan"), 0, 0)
+        if self._evaluation.dropped:
+            return self.family.with_rows(None, self._evaluation.first(), kwargs)
+        outer, self._call = self._call, DenoiserCall(args, kwargs, {}, -1, lambda: float("nan"), 0, 0)
         try:
             return run(*args, **kwargs)
         finally:
             self._call = outer
 
-    def _predicted(self, call: DenoiserCall, given: tuple[str, ...], kept: tuple[str, ...], out: Any) -> None:
-        """Tell what was evaluated; an inner registry may have dropped more since, and `call.branches` tells what is left."""
-        if not call.branches:
-            return
-        first = out[0] if isinstance(out, tuple) else out.sample
-        if isinstance(first, torch.Tensor):
-            self._skipped.ran(split_rows(first, kept)[call.branches[0]], dropped=call.branches != given)
-        if self._predictions:
-            sample = self.family.prediction(out, self._known())
-            prediction = Prediction({b: t for b, t in split_rows(sample, kept).items() if b in call.branches}, call)
+    def _predicted(
+        self, call: DenoiserCall, held: Held, kept: Held, out: Any, blank: Callable[[], torch.Tensor]
+    ) -> Any:
+        """Tell what was evaluated, and return what the pipeline is to combine.
+
+        An inner registry may have dropped more since: `call.held` tells what is left.
+        """
+        family, arguments = self.family, self._known()
+        if out is not None and call.held and self._predictions:
+            sample = family.prediction(out, arguments)
+            index = dict(zip(call.held, _within(kept, call.held), strict=True))
+            outputs = {b: take_rows(part, index[b]) for b, part in split_held(sample, kept).items() if b in index}
             for fn in self._predictions:
-                fn(prediction)
+                fn(Prediction(outputs, call))
+        evaluation = self._evaluation
+        evaluation.scale = None if call.scale == family.applied_guidance(arguments) else call.scale
+
+        def guide(uncond: torch.Tensor, cond: torch.Tensor, scale: float) -> torch.Tensor:
+            return family.guide(uncond, cond, scale, arguments)
+
+        evaluation.add(held, kept, None if out is None else family.output_rows(out))
+        evaluation.settle(guide)
+        if kept == held and evaluation.scale is None:
+            return out
+        given = evaluation.give(held, guide, blank)
+        return family.with_rows(out, given, call.kwargs)
 
     def rehearse(self, inputs: DenoiserInputs, call: DenoiserCall | None = None) -> Any:
         """Call the denoiser outside a sampling run, by default as for one sample of the branch with text; return its output."""
-        self._call = call or DenoiserCall(inputs.args, inputs.kwargs, ("cond",), 0, 0.0, 0, 1, ("cond",))
+        self._call = call or DenoiserCall(inputs.args, inputs.kwargs, {"cond": (0,)}, 0, lambda: 0.0, 0, 1, ("cond",))
         token = _RUNNING.set({})
         try:
             return torch.nn.Module.__call__(self.family.denoiser, *inputs.args, **inputs.kwargs)
@@ -279,7 +305,7 @@ class HookRegistry:
             self._call = None
 
     def _end_step(self, end: StepEnd) -> None:
-        self._skipped.end()
+        self._evaluation.end()
         self._passes = 0
         arguments = self._known()
         if self._step_ends:
@@ -289,6 +315,7 @@ class HookRegistry:
             end = replace(end, latents=latents, next_latents=following, model_output=output)
         for fn in self._step_ends:
             fn(end)
+        self._stood_in.clear()
 
     def spans(self, kernel: AttentionCall, call: DenoiserCall) -> Spans:
         """Return where image and text lie in a kernel call."""
@@ -344,13 +371,14 @@ class HookRegistry:
         if GLANCING.get() or (call is not None and _RUNNING.get() is None):
             return None  # not the pipeline's own call: a module that an nnsight block runs by itself, beside it
         if call is None:  # outside the denoiser: the text encoder, which runs once per branch before the first step
-            call = DenoiserCall((), {}, ("",), -1, float("nan"), 0, tensor.shape[0])
+            members = tuple(range(tensor.shape[0]))
+            call = DenoiserCall((), {}, {"": members}, -1, lambda: float("nan"), 0, len(members))
         if tensor.shape[:1] != (call.rows,):
             raise InterpError(
                 f"a tensor of shape {tuple(tensor.shape)} passes at {site!r}, whose first dimension does not hold "
                 f"{call}; read it with a plain torch hook"
             )
-        parts, changed = split_rows(tensor, call.branches), False
+        parts, changed = call.split(tensor), False
         for fn in self._writers.get(site, ()):
             for branch, part in parts.items():
                 new = fn(part, call.at(site, branch, kernel_call))
@@ -364,6 +392,17 @@ class HookRegistry:
             for branch, part in parts.items():
                 fn(part, call.at(site, branch, kernel_call))
         return torch.cat(list(parts.values())) if changed else None
+
+    def _hook_stand_in(self, path: str) -> None:
+        def around(module: torch.nn.Module, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+            call = self._call
+            out = None if call is None or not call.branches else self._stand_ins[path](call)
+            if out is None:
+                return run(*args, **kwargs)
+            self._stood_in.add(path)
+            return out
+
+        self._undo.append(override_call(self.family_module(path), around))
 
     def _hook_attention(self, path: str, module: torch.nn.Module) -> None:
         if path in self._hooked:
@@ -394,3 +433,8 @@ class HookRegistry:
         if site in self._readers or site in self._writers:
             return self._apply(site, kernel.probabilities(), kernel.call)
         return None
+
+
+def _within(given: Held, left: Held) -> list[list[int]]:
+    """Return, for each branch that is left, the numbers of its samples among those given."""
+    return [[given[branch].index(sample) for sample in members] for branch, members in left.items()]

@@ -358,7 +358,7 @@ def _samples(
 
 
 def _passes(changes: Sequence[Intervention], times: Timeline, guided: bool) -> int:
-    """Forward passes of one sample, first evaluations of each step: what the branch policies leave."""
-    policies = [(c.steps(times), kept) for c in changes if (kept := c.branches()) is not None]
+    """Forward passes of one sample, first evaluations of each step: what the branch policies leave, at most."""
+    policies = [c.evaluated(times) for c in changes]
     full = 2 if guided else 1
-    return sum(min([len(kept) for steps, kept in policies if i in steps] or [full]) for i in range(len(times)))
+    return sum(min([len(p[i]) for p in policies if i in p] or [full]) for i in range(len(times)))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from interp.branches import split_rows
+from interp.branches import spread
 from interp.capture import AttentionPart
 from interp.captured import UPDATE, ReduceCapture, SiteCapture, attention_groups, site_node
 from interp.clock import StepEnd
@@ -74,8 +74,11 @@ class Recorder:
         self._values: dict[tuple[str, str], torch.Tensor] = {}
         self._noise: dict[str, torch.Tensor] = {}
         self._text: dict[str, torch.Tensor] = {}
-        self._evaluated: set[str] = set()
-        self._passes: dict[str, int] = defaultdict(int, dict.fromkeys(BRANCHES, 0))
+        self._evaluated: dict[str, tuple[int, ...]] = {}
+        self._scale: float | None = None
+        self._passes: dict[str, np.ndarray] = defaultdict(
+            lambda: np.zeros(len(self.samples), int), {b: np.zeros(len(self.samples), int) for b in BRANCHES}
+        )
         self._names: dict[str, str] = {}  # of numbered branches
         self._final: torch.Tensor | None = None
         self._steps = 0
@@ -111,13 +114,16 @@ class Recorder:
             return
         value, key = wanted.keep(tensor), (wanted.site, at.branch)
         if wanted.quantity == UPDATE:  # the input comes first
-            value = value if at.site.endswith(":in") else value - self._values[key]
+            if at.site.endswith(":in"):
+                self._values[key] = value
+                return
+            value = value - self._values[key]
         elif key in self._values:
             raise InterpError(
                 f"{wanted.site!r} runs several times within one call of the denoiser, so which tensor to keep is unknown; "
                 "read it with interp.HookRegistry"
             )
-        self._values[key] = value
+        self._values[key] = spread(value, at.members, len(self.samples))
 
     def _wanted(self, branch: str) -> bool:
         """Numbered branches are named at the step's end."""
@@ -126,16 +132,19 @@ class Recorder:
     def _on_call(self, call: DenoiserCall) -> None:
         if call.step == 0 and call.evaluation == 0:
             states = self.hooks.family.text_inputs(call.kwargs).embeddings
-            parts = split_rows(states, call.branches)
+            parts = call.split(states)
             self._text |= {b: t.detach().clone() for b, t in parts.items() if b in call.keep}
 
     def _on_prediction(self, prediction: Prediction) -> None:
+        call = prediction.call
         for branch in prediction.outputs:
-            self._passes[branch] += 1
-        if prediction.call.evaluation == 0:
-            self._evaluated |= set(prediction.outputs)
+            self._passes[branch][list(call.held[branch])] += 1
+        if call.evaluation == 0:
+            self._evaluated |= call.held
+            self._scale = call.scale
             if self.plan.capture.noise_pred or any(b.startswith("#") for b in prediction.outputs):
-                self._noise |= {b: t.detach().clone() for b, t in prediction.outputs.items()}
+                outputs = prediction.outputs.items()
+                self._noise |= {b: spread(t.detach().clone(), call.held[b], call.samples) for b, t in outputs}
 
     def _on_step(self, end: StepEnd) -> None:
         self._final = end.next_latents
@@ -160,13 +169,13 @@ class Recorder:
         if self.plan.capture.noise_pred:
             predicted = {b: t.float() for b, t in self._noise.items()}
             parcel["trajectory/noise_pred"] = _branches(predicted, BRANCHES, end.latents.float())
-        parcel["trajectory/guidance_scale"] = torch.full((len(self.samples),), self._applied_guidance())
+        parcel["trajectory/guidance_scale"] = self._applied_guidance()
         if end.step in self._kept:
             parcel |= self._reduced(end.step)
         self._calls.clear()
         self._values.clear()
         self._noise = {}
-        self._evaluated = set()
+        self._evaluated, self._scale = {}, None
         self._outbox.send(parcel, self._append)
 
     def _name_branches(self, end: StepEnd) -> None:
@@ -182,39 +191,35 @@ class Recorder:
                 self._names = {}
             self._noise = {self._names.get(b, b): t for b, t in self._noise.items()}
             self._values = {(site, self._names.get(b, b)): t for (site, b), t in self._values.items()}
-            self._evaluated = {self._names.get(b, b) for b in self._evaluated}
+            self._evaluated = {self._names.get(b, b): held for b, held in self._evaluated.items()}
         for number in [b for b in self._passes if b.startswith("#")]:
             count = self._passes.pop(number)
             self._passes[self._names.get(number, "unnamed")] += count
 
-    def _applied_guidance(self) -> float:
-        """The scale w of u + w·(c − u) that was really applied: 0 without text, 1 with text alone."""
+    def _applied_guidance(self) -> torch.Tensor:
+        """The scale w of u + w·(c − u) that was really applied, (sample,): 0 without text, 1 with text alone."""
         if any(b.startswith("#") for b in self._evaluated):  # of branches without names
-            return float("nan")
-        if self._evaluated == {"uncond"}:
-            return 0.0
-        if self._evaluated == {"cond"}:
-            return 1.0
-        return self.hooks.family.applied_guidance(self.plan.arguments)
+            return torch.full((len(self.samples),), float("nan"))
+        own = self.hooks.family.applied_guidance(self.plan.arguments)
+        both = own if self._scale is None else self._scale
+        cond, uncond = (set(self._evaluated.get(b, ())) for b in BRANCHES)
+        samples = range(len(self.samples))
+        return torch.tensor([both if i in cond & uncond else 1.0 if i in cond else 0.0 for i in samples])
 
     def _reduced(self, step: int) -> dict[str, torch.Tensor]:
         """Attention and module sites of the step that ends."""
         parcel, wanted = {}, self.plan.capture.branches
         for name, members in self._groups.items():
-            missing = [one.name for one in members if one.name not in self._calls]
-            if missing:
-                raise InterpError(
-                    f"{missing[0]!r} did not run in this step, so its attention cannot be recorded; a cache that skips "
-                    "blocks must be turned off (disable_cache() of the denoiser, DeepCache and the like)"
-                )
-            layers = [self._layers(one) for one in members]
-            parts = {
-                b: self._reducers[name]([layer[b][0] for layer in layers])
-                for b in wanted
-                if all(b in layer for layer in layers)
-            }
+            ran = [i for i, one in enumerate(members) if self._did_run(one.name)]
+            layers = [self._layers(members[i]) for i in ran]
             shape = self.plan.layout.arrays[f"{name}/probs"].shape[3:]
             like = torch.empty((len(self.samples), *shape), dtype=getattr(torch, self.plan.capture.dtype))
+            parts = {}
+            for b in wanted:
+                if layers and all(b in layer for layer in layers):
+                    held = layers[0][b][0].members
+                    part = spread(self._reducers[name]([layer[b][0] for layer in layers]), held, len(self.samples))
+                    parts[b] = part if len(ran) == len(members) else _at_layers(part, ran, len(members))
             parcel[f"{name}/probs"] = _branches(parts, wanted, like)
         for one in self.plan.reductions:
             value = self._reduction(one, last=step == max(self._kept))
@@ -222,8 +227,8 @@ class Recorder:
                 parcel[f"{site_node(one.name)}/value"] = value
         for site in self.plan.sites:
             parts = {b: t.float() for (name, b), t in self._values.items() if name == site.site}
-            gaps = self._evaluated & set(wanted) - set(parts)
-            if gaps:
+            gaps = set(self._evaluated) & set(wanted) - set(parts)
+            if gaps and not self.hooks.stood_in(site.site):
                 raise InterpError(
                     f"{site.site!r} did not run in this step, so it cannot be recorded; a cache that skips blocks must be "
                     "turned off (disable_cache() of the denoiser, DeepCache and the like)"
@@ -240,10 +245,21 @@ class Recorder:
             if not cells.all and one.part != "text":  # a region is one of the image's queries
                 kernel = cells.crop(kernel, queries.start)
                 queries = slice(0, len(cells.positions))
-            for i, branch in enumerate(call.branches):
-                rows = slice(i * call.samples, (i + 1) * call.samples)
-                found[branch] = (Layer(kernel, rows, queries, keys), call)
+            start = 0
+            for branch, members in call.held.items():
+                rows = slice(start, start + len(members))
+                found[branch] = (Layer(kernel, rows, queries, keys, members), call)
+                start = rows.stop
         return found
+
+    def _did_run(self, layer: str) -> bool:
+        """Tell whether an attention layer ran in this step; one that did not, though nothing stands in for it, is an error."""
+        if layer in self._calls or self.hooks.stood_in(layer):
+            return layer in self._calls
+        raise InterpError(
+            f"{layer!r} did not run in this step, so its attention cannot be recorded; a cache that skips blocks must be "
+            "turned off (disable_cache() of the denoiser, DeepCache and the like)"
+        )
 
     def _reduction(self, one: ReduceCapture, last: bool) -> torch.Tensor | None:
         """A reduction of the step's layers, (sample, branch, …); of all steps at the last one, if it is added up over them."""
@@ -267,18 +283,19 @@ class Recorder:
 
     def _reduce_layer(self, one: ReduceCapture, layer: AttentionPart) -> dict[str, torch.Tensor]:
         """Apply a reduction to one layer: branch → (sample, …)."""
-        if layer.name not in self._calls:
-            raise InterpError(f"{layer.name!r} did not run in this step, so {one.name!r} cannot be reduced from it")
         parts = {}
-        for branch, (kept, call) in self._layers(layer).items():
+        for branch, (kept, call) in (self._layers(layer) if self._did_run(layer.name) else {}).items():
             if branch in self.plan.capture.branches:
                 probs = kept.probabilities()
                 if one.named is not None:
-                    roles = self._roles[branch] if one.named.of_text else None
-                    place = Place(roles, self._selection, layer.site.grid, one.largest)
-                    parts[branch] = one.named.fn(probs, place).detach().float()
-                elif one.fn is not None:
-                    parts[branch] = one.fn(probs, call.at(f"{layer.name}:probs", branch)).detach().float()
+                    members = list(kept.members)
+                    roles = self._roles[branch][members] if one.named.of_text else None
+                    place = Place(roles, self._selection.of(members), layer.site.grid, one.largest)
+                    value = one.named.fn(probs, place)
+                else:
+                    assert one.fn is not None
+                    value = one.fn(probs, call.at(f"{layer.name}:probs", branch))
+                parts[branch] = spread(value.detach().float(), kept.members, len(self.samples))
         return parts
 
     @cached_property
@@ -298,7 +315,7 @@ class Recorder:
 
     def rehearse(self, step: int, branches: Sequence[str]) -> None:
         """Reduce what was kept of a step on tensors without data; nothing is written."""
-        self._evaluated = set(branches)
+        self._evaluated = dict.fromkeys(branches, tuple(range(len(self.samples))))
         self._reduced(step)
 
     # The end
@@ -319,11 +336,13 @@ class Recorder:
                 "was it interrupted, or the scheduler changed inside the call?"
             )
         final = self._final.detach().float().cpu().numpy()
-        passes = np.array([-1 if self._passes["unnamed"] else self._passes[b] for b in BRANCHES])
+        passes = np.stack([self._passes[b] for b in BRANCHES], axis=1)
+        if self._passes["unnamed"].any():
+            passes[:] = -1
         text = self._text_states()
         for row, i in self._written:
             self.writer.put(i, "trajectory/final_latents", final[row])
-            self.writer.put(i, "trajectory/nfe", passes)
+            self.writer.put(i, "trajectory/nfe", passes[row])
             for name, states in text.items():
                 self.writer.put(i, name, states[row].numpy())
             if images is not None:
@@ -370,6 +389,13 @@ def _branches(parts: dict[str, torch.Tensor], wanted: Sequence[str], like: torch
     device = next((t.device for t in parts.values()), like.device)
     empty = torch.full(like.shape, float("nan"), dtype=like.dtype, device=device)
     return torch.stack([parts.get(b, empty) for b in wanted], dim=1)
+
+
+def _at_layers(part: torch.Tensor, ran: list[int], layers: int) -> torch.Tensor:
+    """Return (sample, layer, …) with NaN for the layers that did not run."""
+    whole = part.new_full((len(part), layers, *part.shape[2:]), float("nan"))
+    whole[:, ran] = part
+    return whole
 
 
 def pictures(output: Any) -> np.ndarray | None:

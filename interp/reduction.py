@@ -14,12 +14,16 @@ CHUNK_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's kernel call: which rows are the branch's, which queries and keys the part that is kept."""
+    """One layer's kernel call: which rows are the branch's, which queries and keys the part that is kept.
+
+    members: the samples of the batch that the rows are.
+    """
 
     call: AttentionCall
     rows: slice
     queries: slice
     keys: slice
+    members: tuple[int, ...]
 
     def probabilities(self) -> torch.Tensor:
         """Probabilities of the part: (sample, head, query, key)."""
@@ -63,7 +67,7 @@ class AttentionReducer:
                     probs = _probabilities([replace(layers[i], queries=queries) for i in part])
                     blocks.append(probs.mean(2, keepdim=True) if self.heads is None else probs[:, :, self.heads])
                 probs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)  # (layer, sample, head, query, key)
-                for i, layer in zip(part, self.columns(probs), strict=True):
+                for i, layer in zip(part, self.columns(probs, layers[part[0]].members), strict=True):
                     reduced[i] = layer.to(self.dtype)
         stacked = torch.stack([r for r in reduced if r is not None], dim=1)  # (sample, layer, head, token, position)
         height, width = self.grid
@@ -71,19 +75,21 @@ class AttentionReducer:
             return stacked.unflatten(-1, self.keys).unflatten(-3, (height, width))
         return stacked.unflatten(-1, (height, width))
 
-    def columns(self, probs: torch.Tensor) -> torch.Tensor:
+    def columns(self, probs: torch.Tensor, members: tuple[int, ...] | None = None) -> torch.Tensor:
         """Select tokens: (layer, sample, head, query, key) → (layer, sample, head, token, image position)."""
         if self._positions is None:
             return probs
         if self.part == "cross":
             probs = probs.transpose(-1, -2)
         layers, _, heads, length, image = probs.shape
-        positions = self._positions.to(probs.device)
+        chosen = slice(None) if members is None else list(members)
+        positions = self._positions[chosen].to(probs.device)
         unused = (positions < 0) | (positions >= length)  # the branch without text may be shorter
         index = positions.clamp(0, length - 1)[None, :, None, :, None].expand(layers, -1, heads, -1, image)
         columns = probs.gather(-2, index).masked_fill(unused[None, :, None, :, None], float("nan"))
         if self._pads is not None:
-            pads = torch.nn.functional.pad(self._pads, (0, length - self._pads.shape[-1])).to(probs.device)
+            pads = self._pads[chosen]
+            pads = torch.nn.functional.pad(pads, (0, length - pads.shape[-1])).to(probs.device)
             summed = (probs * pads[None, :, None, :, None]).sum(-2, keepdim=True)
             summed = summed.masked_fill(~pads.any(-1)[None, :, None, None, None], float("nan"))
             columns = torch.cat([columns[..., :-1, :], summed], dim=-2)

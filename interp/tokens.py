@@ -1,6 +1,7 @@
 """Tokens of a prompt as the text encoder sees them: text, role and word of each position."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +166,11 @@ class TokenSelection:
     positions: np.ndarray
     pads: np.ndarray | None
     table: TokenTable
+
+    def of(self, members: Sequence[int]) -> "TokenSelection":
+        """Return the positions and pads of some samples."""
+        rows = list(members)
+        return TokenSelection(self.positions[rows], None if self.pads is None else self.pads[rows], self.table)
 
 
 def select_tokens(

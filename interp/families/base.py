@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from interp.branches import keep_rows, stack_rows
+from interp.branches import keep_rows
 from interp.compiling import plain
 from interp.errors import InterpError, sentence_list
 from interp.tokens import Tokens, tokenize
@@ -311,17 +312,28 @@ class Family(ABC):
         """Name branches that have numbers alone, by what `scheduler.step` was given of their predictions."""
         raise NotImplementedError(f"{type(self).__name__} names its branches")
 
-    def keep_rows(
-        self, inputs: DenoiserInputs, rows: int, branches: tuple[str, ...], kept: tuple[str, ...]
-    ) -> DenoiserInputs:
-        """Return the arguments of a denoiser call with the rows of some branches alone."""
+    def keep_rows(self, inputs: DenoiserInputs, rows: int, index: Sequence[int]) -> DenoiserInputs:
+        """Return the arguments of a denoiser call of so many rows with those of these numbers alone."""
         held = {name: value for name, value in inputs.kwargs.items() if name in self.shared}
-        args, kwargs = keep_rows((inputs.args, inputs.kwargs), rows, branches, kept)
+        args, kwargs = keep_rows((inputs.args, inputs.kwargs), rows, index)
         return DenoiserInputs(args, {**kwargs, **held})
 
-    def stack_rows(self, out: Any, branches: tuple[str, ...], kept: tuple[str, ...]) -> Any:
-        """Give the output of a shortened call back its full height; dropped branches get the first kept one's."""
-        return stack_rows(out, branches, kept)
+    def output_rows(self, out: Any) -> torch.Tensor:
+        """Return the denoiser's output as it is, one tensor: (rows, …)."""
+        return out[0] if isinstance(out, tuple) else out.sample
+
+    def with_rows(self, out: Any, rows: torch.Tensor, kwargs: Mapping[str, Any]) -> Any:
+        """Return the denoiser's output with other rows, the inverse of `output_rows`; `out` is None if it was not run."""
+        if out is None:
+            return (rows,) if kwargs.get("return_dict") is False else Transformer2DModelOutput(sample=rows)
+        return (rows, *out[1:]) if isinstance(out, tuple) else type(out)(sample=rows)
+
+    def guide(self, uncond: torch.Tensor, cond: torch.Tensor, scale: float, arguments: Arguments) -> torch.Tensor:
+        """Combine both branches' outputs as they are, (rows, …), with another scale than the pipeline's own."""
+        u, c = (self.unpack(x, arguments) for x in (uncond, cond))
+        channels = self.latent_shape(arguments)[0]  # what follows is a learned variance
+        guided = self.combine(u[:, :channels], c[:, :channels], scale, arguments)
+        return self.pack(torch.cat([guided, c[:, channels:]], dim=1))
 
     def prediction(self, out: Any, arguments: Arguments) -> torch.Tensor:
         """Return the denoiser's output as the scheduler understands it: (rows, channel, y, x), all rows.

@@ -204,8 +204,7 @@ class UnknownTransformerFamily(Family):
         """One row of what a glance at the call saw."""
         seen = glance(self.pipe, self.denoiser, arguments)
         rows = self.rows(seen.args, seen.kwargs)
-        names = tuple(f"#{i}" for i in range(rows))
-        args, kwargs = keep_rows((seen.args, dict(seen.kwargs)), rows, names, names[:1])
+        args, kwargs = keep_rows((seen.args, dict(seen.kwargs)), rows, [0])
         return DenoiserInputs(args, kwargs)
 
 

@@ -1,7 +1,7 @@
 """Z-Image: one stream of [image, text], each padded to a multiple of 32 by learned tokens; lists instead of batches."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 
-from interp.branches import keep_rows, stack_rows
+from interp.branches import keep_rows
 from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family, Pass, Spans
 from interp.families.chat import around
 from interp.families.ragged import apart, lengthened, stacked
@@ -114,26 +114,24 @@ class ZImageFamily(Family):
     def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model is given 1 − t/1000."""
 
-    def keep_rows(
-        self, inputs: DenoiserInputs, rows: int, branches: tuple[str, ...], kept: tuple[str, ...]
-    ) -> DenoiserInputs:
+    def keep_rows(self, inputs: DenoiserInputs, rows: int, index: Sequence[int]) -> DenoiserInputs:
         """Choose the entries of lists, the rows of the times."""
-        number = torch.arange(rows)
-        chosen = keep_rows(number, rows, branches, kept).tolist()
         kwargs = {
             **inputs.kwargs,
-            "x": [inputs.kwargs["x"][i] for i in chosen],
-            "t": keep_rows(inputs.kwargs["t"], rows, branches, kept),
-            "cap_feats": [inputs.kwargs["cap_feats"][i] for i in chosen],
+            "x": [inputs.kwargs["x"][i] for i in index],
+            "t": keep_rows(inputs.kwargs["t"], rows, index),
+            "cap_feats": [inputs.kwargs["cap_feats"][i] for i in index],
         }
         return DenoiserInputs(inputs.args, kwargs)
 
-    def stack_rows(self, out: Any, branches: tuple[str, ...], kept: tuple[str, ...]) -> Any:
-        """Repeat entries of the list."""
-        first = out[0] if isinstance(out, tuple) else out.sample
-        chosen = stack_rows(torch.arange(len(first)), branches, kept).tolist()
-        whole = [first[i] for i in chosen]
-        return (whole, *out[1:]) if isinstance(out, tuple) else type(out)(sample=whole)
+    def output_rows(self, out: Any) -> torch.Tensor:
+        """Stack the entries of the list, without the dimension of frames."""
+        return torch.stack(list(super().output_rows(out))).squeeze(2)
+
+    def with_rows(self, out: Any, rows: torch.Tensor, kwargs: Mapping[str, Any]) -> Any:
+        """An entry a row."""
+        entries = list(rows.unsqueeze(2))
+        return (entries, *out[1:]) if isinstance(out, tuple) else type(out)(sample=entries)
 
     def prediction(self, out: Any, arguments: Arguments) -> torch.Tensor:
         """Turned around, in float32, as the pipeline does; without the dimension of frames."""

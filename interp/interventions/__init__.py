@@ -2,9 +2,16 @@
 
 from interp.interventions.activations import Ablate, AddNoise, Patch, Steer
 from interp.interventions.base import Batch, Intervention, attach_all, check_all, from_spec
+from interp.interventions.caching import CacheCrossAttention
 from interp.interventions.encoder import EncoderLayer
 from interp.interventions.functions import Edit, NNsightEdit
-from interp.interventions.guidance import RemoveGuidance, RemoveText
+from interp.interventions.guidance import (
+    AdaptiveGuidance,
+    GuidanceInterval,
+    GuidanceScale,
+    RemoveGuidance,
+    RemoveText,
+)
 from interp.interventions.other_prompt import ReplaceEOS, ReplacePrompt
 from interp.interventions.places import neighbours
 from interp.interventions.token_states import ReplaceTokens
@@ -12,10 +19,14 @@ from interp.interventions.vectors import steering_vector
 
 __all__ = [
     "Ablate",
+    "AdaptiveGuidance",
     "AddNoise",
     "Batch",
+    "CacheCrossAttention",
     "Edit",
     "EncoderLayer",
+    "GuidanceInterval",
+    "GuidanceScale",
     "Intervention",
     "NNsightEdit",
     "Patch",

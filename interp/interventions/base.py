@@ -110,6 +110,15 @@ class Intervention:
         """Return the branches evaluated within the window, or None to leave the choice to the pipeline."""
         return None
 
+    def evaluated(self, timeline: Timeline) -> dict[int, tuple[str, ...]]:
+        """Return, for each step in which it decides that, the branches that are evaluated at most."""
+        kept = self.branches()
+        return {} if kept is None else dict.fromkeys(self.steps(timeline), kept)
+
+    def claimed(self, timeline: Timeline) -> dict[str, frozenset[int]]:
+        """Return what it claims, and in which steps: the window, unless it also decides about what lies around it."""
+        return dict.fromkeys(self.claims(), self.steps(timeline))
+
     def check(self, table: Mapping[str, Sequence[Any]], guided: bool) -> None:
         """Raise InterpError if the run cannot carry the intervention; called before anything runs."""
 
@@ -187,9 +196,9 @@ def check_all(
     for one in interventions:
         if not isinstance(one, Intervention):
             raise InterpError(f"{one!r} is no intervention; give e.g. interp.RemoveText(start=0.6)")
-        steps = one.steps(timeline)
+        claimed = one.claimed(timeline)
         one.check(table, guided)
-        for claim in one.claims():
+        for claim, steps in claimed.items():
             for other, owner, taken in owned:
                 both = sorted(steps & taken)
                 if both and _overlap(claim, owner):
@@ -198,7 +207,7 @@ def check_all(
                         f"{'s' if len(both) > 1 else ''} {both[0]}{f'–{both[-1]}' if len(both) > 1 else ''}; "
                         "give them windows that do not overlap"
                     )
-        owned += [(one, claim, steps) for claim in one.claims()]
+        owned += [(one, claim, steps) for claim, steps in claimed.items()]
 
 
 _CLAIM = re.compile(r"(.*?)(?:\[(\d+):(\d*)\])?(?:/([kv]))?")

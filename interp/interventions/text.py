@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from interp.branches import split_rows
 from interp.catalog import attention_sites
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import Arguments, EncodedPrompt, Family
@@ -132,7 +131,7 @@ class TextChange(Intervention):
             if call.step not in steps or "cond" not in call.branches:
                 return
             text = family.widened(family.text_inputs(call.kwargs), exchange.source.shape[1])
-            rows = _Rows(call.branches)
+            rows = _Rows(call)
             own = EncodedPrompt(
                 rows.cond(text.embeddings),
                 None if text.pooled is None else rows.cond(text.pooled),
@@ -162,14 +161,14 @@ class TextChange(Intervention):
 class _Rows:
     """The cond branch's rows of a denoiser call."""
 
-    def __init__(self, branches: tuple[str, ...]) -> None:
-        self.branches = branches
+    def __init__(self, call: DenoiserCall) -> None:
+        self._call = call
 
     def cond(self, tensor: torch.Tensor) -> torch.Tensor:
-        return split_rows(tensor, self.branches)["cond"]
+        return self._call.split(tensor)["cond"]
 
     def put(self, tensor: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        return torch.cat(list({**split_rows(tensor, self.branches), "cond": cond}.values()))
+        return torch.cat(list({**self._call.split(tensor), "cond": cond}.values()))
 
 
 class _Layers:
@@ -193,7 +192,7 @@ class _Layers:
         masked: the mask is another one, too.
         """
         states, bias = self._family.layer_text(text)
-        rows = _Rows(call.branches)
+        rows = _Rows(call)
         self._call, self._states = call, rows.cond(states)
         self._bias = rows.cond(bias) if masked and bias is not None else None
 
@@ -210,7 +209,7 @@ class _Layers:
         call, given = self._call, kwargs.get("attention_mask")
         if call is None or self._bias is None or given is None or "cond" not in call.branches:
             return None
-        bias = _Rows(call.branches).put(given, self._bias.to(given).reshape(-1, *given.shape[1:]))
+        bias = _Rows(call).put(given, self._bias.to(given).reshape(-1, *given.shape[1:]))
         return args, {**kwargs, "attention_mask": bias}
 
 

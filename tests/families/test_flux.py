@@ -191,7 +191,7 @@ def test_sizes_are_whole_patches():
 
 
 def test_layers_of_joint_attention_cannot_read_another_prompt():
-    with pytest.raises(interp.InterpError, match="no cross-attention layer"):
+    with pytest.raises(interp.InterpError, match="no keys or values of the prompt by layer"):
         traced(tiny("flux"), [interp.ReplacePrompt(B, side="v")])
 
 
