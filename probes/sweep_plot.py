@@ -36,7 +36,8 @@ def draw(ds: xr.Dataset, *, metric: str | None = None) -> Figure:
     rows = ds.sizes[dims[0]]
     labels = {d: short(ds[d].values) for d in dims}
     room = 0.055 * max(len(t) for t in labels[dims[0]])
-    figure, axes = new_figure(len(metrics), width=3.0 + room, height=max(2.4, 1.2 + 0.22 * rows))
+    width = max(3.0 + room, 5.4 / len(metrics))  # the note below must fit
+    figure, axes = new_figure(len(metrics), width=width, height=max(2.4, 1.2 + 0.22 * rows))
     for ax, one in zip(axes, metrics, strict=True):
         values, interval = (ds[n].sel(metric=one).transpose(*dims, ...) for n in (mean.name, f"{name}_interval"))
         plain = ds[dims[0]].dtype.kind in "fi"
