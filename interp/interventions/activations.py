@@ -10,7 +10,7 @@ import torch
 
 from interp.errors import InterpError, nearest
 from interp.hooks import At, HookRegistry
-from interp.interventions.places import BRANCHES, AtSite, Change, Place
+from interp.interventions.places import BRANCHES, AtSite, Change, Place, present
 from interp.interventions.sources import BATCH, Choice, Stored, described, kept_source, opened
 from interp.interventions.vectors import Vector, kept_vector, read_vector
 from interp.stores import Run
@@ -114,11 +114,24 @@ class Patch(_FromRun):
         """The other sample's tensor, whole."""
         if self.source == BATCH:
             rows = self._rows(place)
-            return lambda tensor, at, branch: tensor[rows]
+            return lambda tensor, at, branch: tensor[self._alive(rows, at)]
         if place.of_text_encoder:
             return self._encoded(hooks, place)
         stored = self._stored(place, self._positions(place))
-        return lambda tensor, at, branch: None if at.evaluation else stored.read(at.step, branch).to(tensor)
+        return lambda tensor, at, branch: (
+            None if at.evaluation else stored.read(at.step, branch)[present(at)].to(tensor)
+        )
+
+    def _alive(self, rows: list[int], at: At) -> list[int]:
+        """Where the samples that are taken lie in a tensor."""
+        here = present(at)
+        lacking = [rows[i] for i in here if rows[i] not in here]
+        if lacking:
+            raise InterpError(
+                f"{self!r}: sample {lacking[0]} of the batch is not evaluated in the branch {at.branch!r} of step {at.step}, "
+                "so its activation cannot be taken alive"
+            )
+        return [here.index(rows[i]) for i in here]
 
     def _rows(self, place: Place) -> list[int]:
         try:
@@ -360,7 +373,7 @@ class AddNoise(AtSite):
                 return None
             return torch.stack([
                 x + (self.scale * x.std()) * _noise((self.seed, *key, site, at.step + 1, at.evaluation), x)
-                for x, key in zip(tensor, samples, strict=True)
+                for x, key in zip(tensor, [samples[i] for i in present(at)], strict=True)
             ])  # fmt: skip
 
         return add

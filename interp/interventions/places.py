@@ -165,7 +165,8 @@ class AtSite(_Part):
             branch = at.branch if reading is None else reading.branch
             if branch not in wanted or (reading is None and at.step not in steps):
                 return None
-            if len(tensor) != len(place.batch.rows):
+            here = present(at)
+            if len(tensor) != len(here) or max(here) >= len(place.batch.rows):
                 raise InterpError(
                     f"{self!r}: {len(tensor)} rows pass at {place.site!r} where {len(place.batch.rows)} samples run"
                 )
@@ -174,6 +175,8 @@ class AtSite(_Part):
                 mask = self.mask(place, shape)
                 masks[shape] = mask if mask is None else mask.to(tensor.device)
             new, mask = change(tensor, at, branch), masks[shape]
+            if mask is not None and len(mask) > 1:
+                mask = mask[here]
             return new if mask is None or new is None else torch.where(mask, new.to(tensor), tensor)
 
         return write
@@ -247,6 +250,11 @@ class AtSite(_Part):
 
     def _dims(self, shape: tuple[int, ...]) -> str:
         return f"{DIMS.get(len(shape), 'a tensor')} {'×'.join(map(str, shape))}"
+
+
+def present(at: At) -> list[int]:
+    """Return which of the batch's samples a tensor holds, in order: a branch may have been dropped for some alone."""
+    return list(at.members) if at.members else list(range(at.samples))
 
 
 class TextCalls:

@@ -1,7 +1,9 @@
 """Patch, Steer, Ablate and AddNoise equal plain torch hooks, to the last bit; their parts, sources and sentences."""
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -439,3 +441,27 @@ def test_a_source_on_disk_is_a_path_and_one_in_memory_is_said_so(tmp_path):
     run = traced(pipe, memory)
     with pytest.raises(interp.InterpError, match="edit in Python"):
         from_spec(run.attrs["conditions"]["intervened"][0])
+
+
+def test_a_sample_that_left_the_call():
+    """Rows leave sample by sample: what belongs to a sample follows it."""
+    pipe, changes = (
+        tiny("sd1"),
+        [interp.Patch(source(), MID), interp.AddNoise(BLOCK), interp.Ablate(KEYS, tokens=("red",))],
+    )
+    whole = traced(pipe, *changes)
+
+    @dataclass(frozen=True)
+    class LeaveFirst(interp.Intervention):
+        name: ClassVar[str] = "leave_first"
+        serialisable: ClassVar[bool] = False
+
+        def spec(self):
+            return self.written({})
+
+        def attach(self, hooks, batch):
+            hooks.on_call(lambda call: call.leave.update({"cond": frozenset({0})}))
+
+    left = traced(pipe, *changes, LeaveFirst())
+    assert np.allclose(left.final_latents.values[1], whole.final_latents.values[1], atol=1e-3)
+    assert np.isnan(left.noise_pred.sel(branch="cond").values[0]).all() and changed(left, whole)

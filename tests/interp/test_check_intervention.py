@@ -81,7 +81,11 @@ EXAMPLES: dict[str, list[Example]] = {
         lambda b: interp.AddNoise(b.site, scale=2.0),
         lambda b: interp.AddNoise(b.embedded, scale=3.0, tokens=("red", "eos")),
     ],
+    "adaptive_guidance": [lambda b: interp.AdaptiveGuidance(threshold=-1.0)],
+    "cache_cross_attention": [lambda b: interp.CacheCrossAttention() if b.crossing else None],  # joint: no such outputs
     "encoder_layer": [lambda b: interp.EncoderLayer(0)],
+    "guidance_interval": [lambda b: interp.GuidanceInterval(start=0.5, unit="fraction")],
+    "guidance_scale": [lambda b: interp.GuidanceScale(2.0)],
     "patch": [lambda b: interp.Patch(b.stored(), b.site, branch="both")],
     "remove_guidance": [lambda b: interp.RemoveGuidance(start=0.5)],
     "remove_text": [lambda b: interp.RemoveText()],
@@ -112,6 +116,10 @@ def checked(bench: str, name: str, number: int, only: list[str]) -> None:
     if change is None:
         return
     assert change.name == name
+    if name == "guidance_interval":  # it acts outside of its window: there it removes guidance
+        only = [c for c in only if "window" not in c]
+        if not only:
+            return
     checks = list(check_intervention(change, tiny(bench), only=only, size=(16, 16), **CALLS[bench]))
     assert [str(c) for c in checks] == only
     for check in checks:
