@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import Arguments, AttentionSite, Family, find_family
+from interp.observing import HookProbs
 from interp.patterns import REGEX, matching
 
 ALIASES = {"pattern": "probs", "attn": "probs", "output": "out", "input": "in"}
@@ -113,7 +114,8 @@ def dry_run(
     arguments = family.arguments() if arguments is None else arguments
     known = _DRY_RUNS.setdefault(denoiser, {})
     shape = (*family.latent_shape(arguments), family.text_length(arguments))
-    key = (*shape, *(id(m) for m in denoiser.modules()))  # LoRA and the like exchange modules
+    modules = (m for m in denoiser.modules() if not isinstance(m, HookProbs))  # which come and go
+    key = (*shape, *map(id, modules))  # LoRA and the like exchange modules
     if key not in known:
         if len(known) > 8:
             known.clear()
@@ -151,6 +153,8 @@ def _dry_run(family: Family, arguments: Arguments) -> tuple[dict[str, tuple[int,
 
     with family.rehearsing(), ExitStack() as undo:
         for path, module in denoiser.named_modules():
+            if isinstance(module, HookProbs):
+                continue
             undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             undo.callback(module.register_forward_hook(lambda _, args, out, path=path: leave(path, out)).remove)
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(str(denoiser.device)):
@@ -205,7 +209,9 @@ def module_paths(family: Family) -> list[str]:
         f"{root}.{path}" if path else root
         for root, m in roots.items()
         for path, module in m.named_modules()
-        if not isinstance(module, torch.nn.ModuleList)  # holds modules, and is never called
+        if not isinstance(
+            module, (torch.nn.ModuleList, HookProbs)
+        )  # holds modules, and is never called; is a site's probs
     ]
 
 

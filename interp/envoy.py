@@ -10,23 +10,30 @@ Written for nnsight 0.8; each point below has a contract test in `tests/interp/t
   offload) disables it silently: every run first follows the modules as they are now.
 - A loop over open-ended steps ends by running out, with a warning: expected of an edit, and not shown.
 - A compiled model would run without controllers or recompile without end: it runs eagerly within a trace.
+- Whether a block waits for a module's value can be seen: probabilities pass `hook_probs` only where one does. A visit
+  that is left out is counted all the same, because `tracer.iter` counts visits; a cache of all modules leaves them out.
 """
 
 import ast
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from diffusers.utils import BaseOutput
-from nnsight.intervention.interleaver import Mediator, dangling_unwind
+from nnsight.intervention.interleaver import Mediator, dangling_unwind, getcurrent
 from nnsight.intervention.source import STATE, Controller
 from nnsight.modeling.diffusion import DiffusionBatcher, DiffusionModel
 
 from interp.compiling import run_eagerly
 from interp.errors import InterpError
+from interp.families import AttentionSite, find_family
 from interp.hooks import DenoiserCall, HookRegistry
+from interp.kernels import AttentionCall
+from interp.observing import HookProbs, KernelObserver, Watch, place
 from interp.overriding import override_call
 
 _MODELS: WeakKeyDictionary[Any, ref] = WeakKeyDictionary()
@@ -80,6 +87,8 @@ class _Components(torch.nn.Module):
                 self._modules.pop(name, None)
         for name, part in parts.items():
             self.add_module(name, part)
+        for site in _attention_sites(self.pipeline):
+            place(site.name, site.module).kept = True
 
     def forward(self, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
         """Call the pipeline; `seed` means one CPU generator a picture: seed, seed + 1, …"""
@@ -92,6 +101,53 @@ class _Components(torch.nn.Module):
         if isinstance(output, BaseOutput):  # nnsight copies a dict by `.copy()`
             object.__setattr__(output, "copy", lambda: copy.copy(output))
         return output
+
+
+def _attention_sites(pipe: Any) -> list[AttentionSite]:
+    """The attention modules of a pipeline; none of one that no family describes."""
+    try:
+        return find_family(pipe).attention_sites()
+    except InterpError:
+        return []
+
+
+@contextmanager
+def _probabilities(pipe: Any) -> Iterator[None]:
+    """Let probabilities pass `hook_probs` inside the context, where a block waits for them."""
+    observer = KernelObserver()
+    try:
+        for site in _attention_sites(pipe):
+            point = place(site.name, site.module)
+            wants, missed = partial(_awaited, point), partial(_count_visit, point)
+            observer.offer(site.name, site.module, Watch(wants=wants, missed=missed))
+            point.start()
+        yield
+    finally:
+        observer.close()
+
+
+def _run_at(point: HookProbs) -> tuple[Any, tuple[str, ...]]:
+    """The nnsight run that visits a module now, and the names of what it hands over there; None beside a run."""
+    state = vars(point).get(STATE)
+    if state is None or hasattr(getcurrent(), "mediator"):  # a block that runs a module by itself
+        return None, ()
+    interleaver, _, locations = state.active()
+    return interleaver, locations
+
+
+def _awaited(point: HookProbs, _: AttentionCall) -> bool:
+    """Whether a block waits for this visit, or a cache was told to keep this module."""
+    run, locations = _run_at(point)
+    return run is not None and any(
+        run._ready(name) or any(cache.targets is not None for _, cache, _ in run.observers.get(name, ()))
+        for name in locations
+    )
+
+
+def _count_visit(point: HookProbs) -> None:
+    run, locations = _run_at(point)
+    for name in locations:
+        run.counts[name] = run.counts.get(name, 0) + 1
 
 
 class _Batcher(DiffusionBatcher):
@@ -157,7 +213,8 @@ class NNsightPipeline(DiffusionModel):
         self.follow()
         undo = run_eagerly([self._module], warn=False)
         try:
-            return super().interleave(fn, *args, **kwargs)
+            with _probabilities(self.pipeline):
+                return super().interleave(fn, *args, **kwargs)
         finally:
             undo()
 
@@ -228,7 +285,7 @@ class _Session:
         interleaver.mediators = [mediator for mediator, _, whole in self._edits if whole]
         finished = False
         try:
-            with interleaver:
+            with _probabilities(pipe), interleaver:
                 output = run(*args, **kwargs)
                 interleaver.handle("result", output)
                 for mediator in list(interleaver.mediators):

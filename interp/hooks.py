@@ -6,10 +6,10 @@ Recording and every intervention are built on it; so can be whatever a user need
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +24,8 @@ from interp.errors import InterpError
 from interp.evaluation import Evaluation
 from interp.families import Arguments, AttentionSite, DenoiserInputs, Family, Pass, Spans, find_family
 from interp.families.glance import GLANCING
-from interp.kernels import AttentionCall, KernelObserver
+from interp.kernels import AttentionCall
+from interp.observing import KernelObserver, Watch
 from interp.overriding import override_call, watch_context
 
 __all__ = ["At", "DenoiserCall", "HookRegistry", "Prediction"]
@@ -34,6 +35,17 @@ _RUNNING: ContextVar["dict[int, tuple[DenoiserCall, ...]] | None"] = ContextVar(
 
 
 SiteFunction = Callable[[torch.Tensor, At], torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Listener:
+    """A reader or writer, and the steps in which it is called."""
+
+    fn: SiteFunction
+    steps: Collection[int] | None
+
+    def at(self, step: int) -> bool:
+        return self.steps is None or step in self.steps
 
 
 class HookRegistry:
@@ -55,8 +67,8 @@ class HookRegistry:
     def __init__(self, pipe: Any, family: Family | None = None) -> None:
         self.pipe = pipe
         self.family = family or find_family(pipe)
-        self._readers: dict[str, list[SiteFunction]] = {}
-        self._writers: dict[str, list[SiteFunction]] = {}
+        self._readers: dict[str, list[_Listener]] = {}
+        self._writers: dict[str, list[_Listener]] = {}
         self._attention: dict[str, list[Callable[[AttentionCall, DenoiserCall], None]]] = {}
         self._call_edits: list[Callable[[DenoiserCall], None]] = []
         self._predictions: list[Callable[[Prediction], None]] = []
@@ -76,16 +88,23 @@ class HookRegistry:
 
     # What to watch
 
-    def read(self, site: str, fn: SiteFunction) -> list[str]:
-        """Call `fn(tensor, at)` with each tensor that passes at `site`; return the sites that matched."""
-        return self._register(site, fn, self._readers)
+    def read(self, site: str, fn: SiteFunction, steps: Collection[int] | None = None) -> list[str]:
+        """Call `fn(tensor, at)` with each tensor that passes at `site`; return the sites that matched.
 
-    def write(self, site: str, fn: SiteFunction) -> list[str]:
+        Args:
+            site: A site `path:quantity`, a glob, or `re:` and a regular expression for the path.
+            fn: Gets one branch's tensor, (sample, …).
+            steps: The sampling steps in which it is called; None for all. Probabilities are formed in these alone.
+        """
+        return self._register(site, fn, self._readers, steps)
+
+    def write(self, site: str, fn: SiteFunction, steps: Collection[int] | None = None) -> list[str]:
         """Replace the tensor at `site` by what `fn(tensor, at)` returns, unless None; return the sites that matched.
 
-        Writers run in the order in which they were added, before all readers: a reader sees what was really used.
+        Writers run in the order in which they were added, before all readers: a reader sees what was really used. The
+        arguments are those of `read`.
         """
-        return self._register(site, fn, self._writers)
+        return self._register(site, fn, self._writers, steps)
 
     def on_call(self, fn: Callable[[DenoiserCall], None]) -> None:
         """Call `fn` with every denoiser call before it runs; it may change `kwargs`, `keep`, `leave` and `scale`."""
@@ -120,10 +139,12 @@ class HookRegistry:
         path = split_site(site)[0] if ":" in site else site
         return any(path == one or path.startswith(f"{one}.") for one in self._stood_in)
 
-    def _register(self, site: str, fn: SiteFunction, where: dict[str, list[SiteFunction]]) -> list[str]:
+    def _register(
+        self, site: str, fn: SiteFunction, where: dict[str, list["_Listener"]], steps: Collection[int] | None
+    ) -> list[str]:
         found = match_sites(self.family, site)
         for name in found:
-            where.setdefault(name, []).append(fn)
+            where.setdefault(name, []).append(_Listener(fn, steps))
             if self._undo:
                 self._hook_site(name)
         return found
@@ -147,6 +168,8 @@ class HookRegistry:
             self._undo.append(watch_context(self.family.denoiser, self._name_context))
         for path in self._stand_ins:
             self._hook_stand_in(path)
+        for one in self._sites.values():
+            self._observer.offer(one.name, one.module, self._watch(one.name))
         for site in {**self._readers, **self._writers}:
             self._hook_site(site)
         for site in self._attention:
@@ -321,6 +344,12 @@ class HookRegistry:
         """Return where image and text lie in a kernel call."""
         return self.family.spans(self._sites[kernel.site], *kernel.size, call.kwargs)
 
+    def spans_at(self, at: At, probs: torch.Tensor) -> Spans:
+        """Return where image and text lie in probabilities (…, query, key) that a reader or writer was just given."""
+        assert self._call is not None
+        site = self._sites[at.site.removesuffix(":probs")]
+        return self.family.spans(site, int(probs.shape[-2]), int(probs.shape[-1]), self._call.kwargs)
+
     @cached_property
     def _sites(self) -> dict[str, AttentionSite]:
         return {s.name: s for s in attention_sites(self.family)}
@@ -373,25 +402,37 @@ class HookRegistry:
         if call is None:  # outside the denoiser: the text encoder, which runs once per branch before the first step
             members = tuple(range(tensor.shape[0]))
             call = DenoiserCall((), {}, {"": members}, -1, lambda: float("nan"), 0, len(members))
-        if tensor.shape[:1] != (call.rows,):
-            raise InterpError(
-                f"a tensor of shape {tuple(tensor.shape)} passes at {site!r}, whose first dimension does not hold "
-                f"{call}; read it with a plain torch hook"
-            )
-        parts, changed = call.split(tensor), False
-        for fn in self._writers.get(site, ()):
-            for branch, part in parts.items():
-                new = fn(part, call.at(site, branch, kernel_call))
+        changed = self._write(site, tensor, call, kernel_call)
+        self._show(site, tensor if changed is None else changed, call, kernel_call)
+        return changed
+
+    def _write(self, site: str, tensor: torch.Tensor, call: DenoiserCall, kernel_call: int) -> torch.Tensor | None:
+        """Let writers change the rows of each branch; None if none did."""
+        parts, changed = self._split(site, tensor, call), False
+        for listener in self._writers.get(site, ()):
+            for branch, part in parts.items() if listener.at(call.step) else ():
+                new = listener.fn(part, call.at(site, branch, kernel_call))
                 if new is not None:
                     if new.shape != part.shape:
                         raise InterpError(
                             f"the edit at {site!r} returned shape {tuple(new.shape)}, but {tuple(part.shape)} passes there"
                         )
                     parts[branch], changed = new.to(part), True
-        for fn in self._readers.get(site, ()):
-            for branch, part in parts.items():
-                fn(part, call.at(site, branch, kernel_call))
         return torch.cat(list(parts.values())) if changed else None
+
+    def _show(self, site: str, tensor: torch.Tensor, call: DenoiserCall, kernel_call: int) -> None:
+        for listener in self._readers.get(site, ()):
+            for branch, part in self._split(site, tensor, call).items() if listener.at(call.step) else ():
+                listener.fn(part, call.at(site, branch, kernel_call))
+
+    @staticmethod
+    def _split(site: str, tensor: torch.Tensor, call: DenoiserCall) -> dict[str, torch.Tensor]:
+        if tensor.shape[:1] != (call.rows,):
+            raise InterpError(
+                f"a tensor of shape {tuple(tensor.shape)} passes at {site!r}, whose first dimension does not hold "
+                f"{call}; read it with a plain torch hook"
+            )
+        return call.split(tensor)
 
     def _hook_stand_in(self, path: str) -> None:
         def around(module: torch.nn.Module, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
@@ -404,23 +445,48 @@ class HookRegistry:
 
         self._undo.append(override_call(self.family_module(path), around))
 
+    # Attention
+
     def _hook_attention(self, path: str, module: torch.nn.Module) -> None:
         if path in self._hooked:
             return
-        self._hooked.add(path)
         if path not in self._sites:
             raise InterpError(f"{path!r} is no attention module, so it has no q, k, v or probs; it has in and out")
-        self._observer.watch(path, module, self._observe)
+        self._hooked.add(path)
+        self._observer.start(module)
 
-    def _observe(self, kernel: AttentionCall) -> torch.Tensor | None:
+    def _watch(self, path: str) -> Watch:
+        return Watch(
+            asked=lambda: path in self._hooked, wants=self._wants_probs, change=self._change_probs, see=self._see_kernel
+        )
+
+    def _calling(self, kernel: AttentionCall) -> DenoiserCall | None:
+        """The denoiser call that a kernel call belongs to; None if it is not the pipeline's own, or of no interest."""
         call = self._call
-        if call is None or not call.branches or _RUNNING.get() is None:
+        if call is None or not call.branches or _RUNNING.get() is None or kernel.site not in self._hooked:
+            return None
+        if GLANCING.get():
             return None
         if kernel.rows != call.rows:
             raise InterpError(
                 f"attention at {kernel.site!r} ran for {kernel.rows} rows instead of {call}; a cache that leaves out a "
                 "branch (FasterCache) must be turned off while attention is recorded"
             )
+        return call
+
+    def _wants_probs(self, kernel: AttentionCall) -> bool:
+        call, site = self._calling(kernel), f"{kernel.site}:probs"
+        known = (*self._writers.get(site, ()), *self._readers.get(site, ()))
+        return call is not None and any(listener.at(call.step) for listener in known)
+
+    def _change_probs(self, kernel: AttentionCall, probs: torch.Tensor) -> torch.Tensor | None:
+        call = self._calling(kernel)
+        return None if call is None else self._write(f"{kernel.site}:probs", probs, call, kernel.call)
+
+    def _see_kernel(self, kernel: AttentionCall, probs: torch.Tensor | None) -> None:
+        call = self._calling(kernel)
+        if call is None:
+            return
         for fn in self._attention.get(kernel.site, ()):
             fn(kernel, call)
         for quantity, tensor in (("q", kernel.query), ("k", kernel.key), ("v", kernel.value)):
@@ -428,11 +494,9 @@ class HookRegistry:
             if site in self._writers:
                 raise InterpError(f"{site!r} can be read but not written; write ':probs', ':in' or ':out' instead")
             if site in self._readers and tensor is not None:
-                self._apply(site, tensor, kernel.call)
-        site = f"{kernel.site}:probs"
-        if site in self._readers or site in self._writers:
-            return self._apply(site, kernel.probabilities(), kernel.call)
-        return None
+                self._show(site, tensor, call, kernel.call)
+        if probs is not None:
+            self._show(f"{kernel.site}:probs", probs, call, kernel.call)
 
 
 def _within(given: Held, left: Held) -> list[list[int]]:

@@ -1,19 +1,20 @@
 """Attention kernels, observed and never replaced.
 
 A fused kernel does not form the probabilities, and whoever swaps the kernel changes the image. So the kernel's
-*call* is watched: hooks on each attention module push and pop the current site on a thread-local stack, and three
-things are wrapped while a registry is active: `torch.nn.functional.scaled_dot_product_attention`,
-`Attention.get_attention_scores` (sliced and explicit processors), and the backends of diffusers' attention dispatcher,
-for those that do not end in the first (flex, flash, sage, xformers). There the exact query, key, mask and scale pass
-by, after norm, rotary embedding, LoRA and adapters; the model's own kernel computes the output.
+*call* is watched: hooks on each attention module push and pop a frame on a stack, and three things are wrapped while
+anybody watches: `torch.nn.functional.scaled_dot_product_attention`, `Attention.get_attention_scores` (sliced and
+explicit processors), and the backends of diffusers' attention dispatcher, for those that do not end in the first (flex,
+flash, sage, xformers). There the exact query, key, mask and scale pass by, after norm, rotary embedding, LoRA and
+adapters; the model's own kernel computes the output.
 
-An attention module that ran while none of them was called is an error that names the processor: never a silent gap.
+Where probabilities were changed, `probs @ value` takes the place of the kernel's output, query by query: what nobody
+changed stays the kernel's own, bit for bit.
 """
 
 import inspect
 import math
-import threading
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -32,7 +33,8 @@ class AttentionCall:
 
     `query` (rows, head, query, feature), `key` and `value` (rows, head, key, feature); `mask` broadcastable to
     (rows, head, query, key), additive or boolean (True = attend); `probs` (rows, head, query, key) where the
-    processor formed them itself. `call` counts the kernel calls within one run of the module (IP-Adapter makes two).
+    processor formed them itself, or somebody changed them. `call` counts the kernel calls within one run of the module
+    (IP-Adapter makes two).
     """
 
     site: str
@@ -81,160 +83,134 @@ class AttentionCall:
 
 
 @dataclass
-class _Frame:
-    """One attention module at work."""
+class Frame:
+    """One attention module at work. `on_call` returns the probabilities before and after they were changed, or None."""
 
     site: str
     module: Any
-    on_call: Callable[[AttentionCall], torch.Tensor | None]
+    on_call: Callable[[AttentionCall], tuple[torch.Tensor, torch.Tensor] | None]
     calls: int = 0
     rows: int = 0  # rows of the module's input: sliced processors deliver probabilities in pieces
     pieces: list[torch.Tensor] = field(default_factory=list)
 
 
-class KernelObserver:
-    """Watch the kernels of chosen attention modules while active; thread-local, so that other threads pass through.
+# Modules at work, the innermost last. A context variable: other threads, and nnsight's blocks, which run beside the
+# model, have their own.
+_FRAMES: ContextVar[tuple[Frame, ...]] = ContextVar("attention modules at work", default=())
 
-    `on_call(AttentionCall)` may return edited probabilities (rows, head, query, key): only then the output becomes
-    `probs @ value`; on None the model's own kernel output is used untouched.
-    """
 
-    def __init__(self) -> None:
-        self._local = threading.local()
-        self._undo: list[Callable[[], None]] = []
+def enter_frame(frame: Frame) -> None:
+    """Send kernel calls to this frame until it is left."""
+    _FRAMES.set((*_FRAMES.get(), frame))
 
-    def _stack(self) -> list[_Frame]:
-        if not hasattr(self._local, "stack"):
-            self._local.stack = []
-        return self._local.stack
 
-    def watch(
-        self, site: str, module: torch.nn.Module, on_call: Callable[[AttentionCall], torch.Tensor | None]
-    ) -> None:
-        """Send every kernel call made inside `module` to `on_call`."""
-        if not self._undo:
-            self._install()
+def leave_frame(module: torch.nn.Module) -> Frame | None:
+    """End a module's frame, if it is the innermost, and return it."""
+    stack = _FRAMES.get()
+    if not stack or stack[-1].module is not module:
+        return None
+    _FRAMES.set(stack[:-1])
+    return stack[-1]
 
-        def enter(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-            self._stack().append(_Frame(site, module, on_call, rows=hidden.shape[0]))
 
-        def leave(_: torch.nn.Module, args: tuple, output: Any) -> None:
-            stack = self._stack()
-            frame = stack.pop() if stack and stack[-1].module is module else None
-            if frame is not None and output is not None and not frame.calls:
-                raise InterpError(_coverage_message(site, module))
+def watch_kernels() -> Callable[[], None]:
+    """Wrap the three kinds of kernels; return the undo."""
+    sdpa, scores = F.scaled_dot_product_attention, Attention.get_attention_scores
+    backends = dict(_AttentionBackendRegistry._backends)
+    F.scaled_dot_product_attention = _observed_sdpa(sdpa)
+    Attention.get_attention_scores = _observed_scores(scores)
+    for name, backend in backends.items():
+        _AttentionBackendRegistry._backends[name] = _observed_backend(str(name.value), backend)
 
-        handles = [
-            module.register_forward_pre_hook(enter, with_kwargs=True),
-            module.register_forward_hook(leave, always_call=True),
-        ]
-        self._undo.extend(h.remove for h in handles)
+    def restore() -> None:
+        F.scaled_dot_product_attention = sdpa
+        Attention.get_attention_scores = scores
+        _AttentionBackendRegistry._backends.update(backends)
 
-    def close(self) -> None:
-        """Undo everything."""
-        while self._undo:
-            self._undo.pop()()
-        self._local = threading.local()
+    return restore
 
-    def _install(self) -> None:
-        """Wrap the two functions; nested observers wrap each other and unwrap in reverse order."""
-        sdpa, scores = F.scaled_dot_product_attention, Attention.get_attention_scores
 
-        def observed_sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any):  # type: ignore[no-untyped-def]
-            stack = self._stack()
-            if not stack:
-                return sdpa(query, key, value, *args, **kwargs)
-            frame = stack[-1]
-            options = {
-                **dict(zip(("attn_mask", "dropout_p", "is_causal", "scale"), args, strict=False)),
-                **kwargs,
-            }
-            scale = options.get("scale")
-            call = AttentionCall(
-                frame.site,
-                query,
-                key,
-                value,
-                options.get("attn_mask"),
-                1 / math.sqrt(query.shape[-1]) if scale is None else scale,
-                options.get("is_causal", False),
-                call=frame.calls,
+def _observed_sdpa(sdpa: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def observed(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        out = sdpa(query, key, value, *args, **kwargs)
+        stack = _FRAMES.get()
+        if not stack:
+            return out
+        frame = stack[-1]
+        given = {**dict(zip(("attn_mask", "dropout_p", "is_causal", "scale"), args, strict=False)), **kwargs}
+        scale = given.get("scale")
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        causal = given.get("is_causal", False)
+        call = AttentionCall(frame.site, query, key, value, given.get("attn_mask"), scale, causal, call=frame.calls)
+        frame.calls += 1
+        changed = frame.on_call(call)
+        return out if changed is None else _merged(out, value, *changed)
+
+    return observed
+
+
+def _observed_scores(scores: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def observed(attn: Any, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        probs = scores(attn, query, key, mask)
+        stack = _FRAMES.get()
+        if not stack or stack[-1].module is not attn:
+            return probs
+        frame = stack[-1]
+        # (rows·head, query, key), whole or, with attention slicing, some of it at a time
+        frame.pieces.append(probs)
+        frame.calls += 1
+        if sum(len(p) for p in frame.pieces) < frame.rows * attn.heads:
+            return probs
+        whole = torch.cat(frame.pieces).unflatten(0, (frame.rows, attn.heads))
+        sliced, frame.pieces = len(frame.pieces) > 1, []
+        changed = frame.on_call(AttentionCall(frame.site, None, None, probs=whole))
+        if changed is None:
+            return probs
+        if sliced:
+            raise InterpError(
+                f"the probabilities of {frame.site!r} cannot be edited while attention slicing is on; "
+                "call pipe.disable_attention_slicing()"
             )
-            frame.calls += 1
-            out = sdpa(query, key, value, *args, **kwargs)
-            edited = frame.on_call(call)
-            return out if edited is None else _weighted(edited, value)
+        return changed[1].flatten(0, 1).to(probs.dtype)
 
-        def observed_scores(
-            attn: Any, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None
-        ) -> torch.Tensor:
-            probs = scores(attn, query, key, mask)
-            stack = self._stack()
-            if not stack or stack[-1].module is not attn:
-                return probs
-            frame = stack[-1]
-            # (rows·head, query, key), whole or, with attention slicing, some of it at a time
-            frame.pieces.append(probs)
-            frame.calls += 1
-            if sum(len(p) for p in frame.pieces) < frame.rows * attn.heads:
-                return probs
-            whole = torch.cat(frame.pieces).unflatten(0, (frame.rows, attn.heads))
-            sliced, frame.pieces = len(frame.pieces) > 1, []
-            edited = frame.on_call(AttentionCall(frame.site, None, None, probs=whole))
-            if edited is None:
-                return probs
-            if sliced:
-                raise InterpError(
-                    f"the probabilities of {frame.site!r} cannot be edited while attention slicing is on; "
-                    "call pipe.disable_attention_slicing()"
-                )
-            return edited.flatten(0, 1).to(probs.dtype)
-
-        F.scaled_dot_product_attention = observed_sdpa
-        Attention.get_attention_scores = observed_scores
-        backends = dict(_AttentionBackendRegistry._backends)
-        for name, backend in backends.items():
-            _AttentionBackendRegistry._backends[name] = self._observed_backend(str(name.value), backend)
-
-        def restore() -> None:
-            F.scaled_dot_product_attention = sdpa
-            Attention.get_attention_scores = scores
-            _AttentionBackendRegistry._backends.update(backends)
-
-        self._undo.append(restore)
-
-    def _observed_backend(self, name: str, backend: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a backend of diffusers' dispatcher, whose tensors are (rows, position, head, feature)."""
-
-        @wraps(backend)
-        def observed(*args: Any, **kwargs: Any) -> Any:
-            stack = self._stack()
-            before = stack[-1].calls if stack else 0
-            out = backend(*args, **kwargs)
-            if not stack or stack[-1].calls > before:  # it ended in scaled_dot_product_attention, seen there
-                return out
-            frame, given = stack[-1], inspect.signature(backend).bind(*args, **kwargs)
-            call = _dispatched(frame, name, given.arguments)
-            frame.calls += 1
-            edited = frame.on_call(call)
-            if edited is None:
-                return out
-            assert call.value is not None
-            changed = _weighted(edited, call.value).transpose(1, 2)
-            return (changed, *out[1:]) if isinstance(out, tuple) else changed
-
-        return observed
+    return observed
 
 
-def _weighted(probs: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return probs @ value, both (rows, head, …); grouped heads share a value."""
-    if value.shape[1] != probs.shape[1]:
-        value = value.repeat_interleave(probs.shape[1] // value.shape[1], dim=1)
-    return torch.matmul(probs.to(value.dtype), value)
+def _observed_backend(name: str, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a backend of diffusers' dispatcher, whose tensors are (rows, position, head, feature)."""
+
+    @wraps(backend)
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        stack = _FRAMES.get()
+        before = stack[-1].calls if stack else 0
+        out = backend(*args, **kwargs)
+        if not stack or stack[-1].calls > before:  # it ended in scaled_dot_product_attention, seen there
+            return out
+        frame, given = stack[-1], inspect.signature(backend).bind(*args, **kwargs)
+        call = _dispatched(frame, name, given.arguments)
+        frame.calls += 1
+        changed = frame.on_call(call)
+        if changed is None:
+            return out
+        first = out[0] if isinstance(out, tuple) else out
+        assert call.value is not None
+        merged = _merged(first.transpose(1, 2), call.value, *changed).transpose(1, 2)
+        return (merged, *out[1:]) if isinstance(out, tuple) else merged
+
+    return observed
 
 
-def _dispatched(frame: _Frame, name: str, given: Mapping[str, Any]) -> AttentionCall:
+def _merged(out: torch.Tensor, value: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return after @ value for the queries whose probabilities were changed, and the kernel's own output for the rest."""
+    if value.shape[1] != after.shape[1]:  # grouped heads share a value
+        value = value.repeat_interleave(after.shape[1] // value.shape[1], dim=1)
+    changed = (after != before).any(-1, keepdim=True)
+    return torch.where(changed, torch.matmul(after.to(value.dtype), value).to(out.dtype), out)
+
+
+def _dispatched(frame: Frame, name: str, given: Mapping[str, Any]) -> AttentionCall:
     """Describe a dispatched kernel call in the words of scaled_dot_product_attention."""
     query, key, value = (given[n].transpose(1, 2) for n in ("query", "key", "value"))
     mask = given.get("attn_mask")
@@ -249,18 +225,3 @@ def _dispatched(frame: _Frame, name: str, given: Mapping[str, Any]) -> Attention
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     causal = bool(given.get("is_causal", False))
     return AttentionCall(frame.site, query, key, value, mask, scale, causal, call=frame.calls)
-
-
-def _coverage_message(site: str, module: torch.nn.Module) -> str:
-    cached = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-    if cached:  # PAB and FasterCache replay an earlier output instead of running the module
-        return (
-            f"attention at {site!r} did not run: the hook {', '.join(map(repr, cached))} gave an earlier step's output; a "
-            "cache must be turned off while attention is recorded, e.g. pipe.transformer.disable_cache()"
-        )
-    processor = type(getattr(module, "processor", None)).__name__
-    return (
-        f"attention at {site!r} ran, but its kernel could not be observed: processor {processor} calls neither "
-        "scaled_dot_product_attention nor get_attention_scores nor diffusers' attention dispatcher (xformers processors do "
-        "so); choose a standard processor, e.g. pipe.unet.set_default_attn_processor(), or leave this site out of the capture"
-    )
