@@ -66,14 +66,18 @@ class HookProbs(torch.nn.Module):
             self.starter()
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a hook, as on any module; the kernels are watched from now on."""
-        self.start()
-        return super().register_forward_hook(*args, **kwargs)
+        """Add a hook, as on any module; added within a registry's context, it goes when the context ends."""
+        return self._hooked(super().register_forward_hook(*args, **kwargs))
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Add a hook, as on any module; the kernels are watched from now on."""
+        """Add a hook, as `register_forward_hook` does."""
+        return self._hooked(super().register_forward_pre_hook(*args, **kwargs))
+
+    def _hooked(self, handle: Any) -> Any:
         self.start()
-        return super().register_forward_pre_hook(*args, **kwargs)
+        if self.watches:
+            self.handles.append(handle)
+        return handle
 
     @property
     def hooked(self) -> bool:
@@ -137,7 +141,7 @@ def _withdraw(point: HookProbs, module: torch.nn.Module, watch: Watch) -> None:
 
 def _start(point: HookProbs, module: torch.nn.Module) -> None:
     with _LOCK:
-        if point.handles:
+        if point in _STARTED:
             return
         if not _STARTED:
             _UNDO.append(watch_kernels())
