@@ -23,7 +23,14 @@ EXPECTED = {
         "heads='mean' saves",
         "[700. 300.] 2",
     ],
-    "nnsight": ["True\n", "4 (128, 128)", "4 ('sample'", "True False\n", "False ['for step in tracer.iter", "[0.0, 0.0] True"],
+    "nnsight": [
+        "True\n",
+        "4 (128, 128)",
+        "4 ('sample'",
+        "True False\n",
+        "False ['for step in tracer.iter",
+        "[0.0, 0.0] True",
+    ],
     "interventions": [
         "[10  6 10 10]",
         "[2 1 2] [-1 -1 16]",
