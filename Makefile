@@ -18,7 +18,7 @@ demo: $(READY)   ## a trained model traced, probed and intervened on; writes dem
 	$(BIN)/interp demo --out demo
 
 test: $(READY)   ## the whole test suite, in parallel
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)  ## lint, format, types, layers, packaging
 	$(BIN)/ruff check .

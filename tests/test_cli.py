@@ -15,8 +15,6 @@ import xarray as xr
 
 from interp import cli
 
-pytestmark = pytest.mark.xdist_group("cli")
-
 
 @dataclass
 class Done:

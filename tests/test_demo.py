@@ -11,8 +11,6 @@ from PIL import Image
 import interp
 from interp.demo import run_demo
 
-pytestmark = pytest.mark.xdist_group("demo")
-
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:

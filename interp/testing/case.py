@@ -74,6 +74,7 @@ class FamilyCase:
             "prompt": list(self.prompts), "num_inference_steps": self.steps, "height": self.size[0],
             "width": self.size[1], "output_type": "latent", **self.settings(guided), **more,
         }  # fmt: skip
+        given = {k: list(v) if isinstance(v, list) else v for k, v in given.items()}  # Z-Image writes into the prompts
         count = len(given["prompt"]) * int(given.get("num_images_per_prompt", 1))
         given.setdefault("generator", [torch.Generator().manual_seed(i) for i in range(count)])
         out = (pipe or self.pipe)(**given)

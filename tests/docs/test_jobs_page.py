@@ -12,7 +12,6 @@ from interp.stores import open_run
 from tests.test_cli import interp
 
 PAGE = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text(encoding="utf-8")
-pytestmark = pytest.mark.xdist_group("pages")
 
 
 def blocks(language: str) -> list[str]:

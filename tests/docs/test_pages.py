@@ -43,8 +43,6 @@ EXPECTED = {
     ],
 }
 
-pytestmark = pytest.mark.xdist_group("pages")
-
 
 @pytest.mark.parametrize("page", EXPECTED)
 def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -11,8 +11,6 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```(?:\n<!-- output -->\n```\n(.*?)```)?", README, re.S)
 
-pytestmark = pytest.mark.xdist_group("readme")
-
 
 def test_the_readme_has_code() -> None:
     assert len(BLOCKS) >= 2 and any(output for _, output in BLOCKS)

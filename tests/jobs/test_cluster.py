@@ -17,7 +17,6 @@ from interp.stores import open_run
 from tests.jobs.null import recipe
 from tests.jobs.test_faults import files
 
-pytestmark = pytest.mark.xdist_group("cluster")
 ROOT = Path(__file__).parents[2]
 N = 16
 

@@ -17,7 +17,6 @@ import pytest
 from interp.stores import DONE, open_run, verify
 from interp.stores.testing import small_layout, small_values
 
-pytestmark = pytest.mark.xdist_group("faults")
 ROOT = Path(__file__).parents[2]
 
 
@@ -93,8 +92,9 @@ def test_ten_kills_at_random_moments(calm, tmp_path):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.4))
         if driver.poll() is not None:  # it has finished: start over
-            assert driver.returncode in (0, 1), driver.communicate()
-            driver.communicate()
+            _, said = driver.communicate()
+            # 2: a worker was killed while it started, which is told as workers that cannot be started
+            assert driver.returncode in (0, 1) or (driver.returncode == 2 and "no worker can be started" in said), said
             shutil.rmtree(path)
             driver = None
             continue

@@ -19,8 +19,6 @@ from interp.stores.testing import small_layout
 from tests.families.pipelines import tiny
 from tests.test_cli import interp as command
 
-pytestmark = pytest.mark.xdist_group("jobs")
-
 PROMPTS = ["a red circle", "two small stripes", "a cat", "one large ring", "a dog"]
 BASE = {"model": "tiny", "prompts": PROMPTS[:3], "seeds": [0, 1], "steps": 2, "batch_size": 4}
 

@@ -13,7 +13,6 @@ from tests.reproduction.notebook import execute
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
-pytestmark = pytest.mark.xdist_group("reproduction")
 
 
 def test_the_block_of_the_page_runs(

@@ -20,7 +20,6 @@ from interp.reproduction.measures import Check, Estimate, verdict
 from interp.stores import open_run
 from tests.test_cli import interp
 
-pytestmark = pytest.mark.xdist_group("reproduction")
 TINY = {
     "pairs": 2,
     "steps": 4,
