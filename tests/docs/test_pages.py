@@ -33,6 +33,8 @@ EXPECTED = {
     ],
     "interventions": [
         "[10  6 10 10]",
+        "adaptive  passes [13, 12]",
+        "T-GATE    passes [14, 14]",
         "[2 1 2] [-1 -1 16]",
         "('layers', 'metric', 'pair')",
         "[1. ",  # all of the last layer's states bring everything back
