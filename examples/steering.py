@@ -1,7 +1,7 @@
 """Steer a color: the mean difference of two groups of prompts, added at one block with growing strength (arXiv:2308.10248).
 
 So few prompts and steps show how it is done, not that it works: with 2 prompts and 4 steps no strength turned red into
-blue; the picture keeps its color and then breaks.
+blue.
 
 python examples/steering.py [number of prompts, default 2]
 """
