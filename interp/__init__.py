@@ -32,6 +32,11 @@ _HOME = {
     "AddNoise": "interp.interventions",
     "Patch": "interp.interventions",
     "Steer": "interp.interventions",
+    "AblateHeads": "interp.interventions",
+    "ScaleAttention": "interp.interventions",
+    "SetAttention": "interp.interventions",
+    "InjectAttention": "interp.interventions",
+    "prompt_to_prompt": "interp.interventions",
     "Edit": "interp.interventions",
     "EncoderLayer": "interp.interventions",
     "NNsightEdit": "interp.interventions",
@@ -47,6 +52,7 @@ _HOME = {
 
 __all__ = [
     "Ablate",
+    "AblateHeads",
     "AdaptiveGuidance",
     "AddNoise",
     "At",
@@ -57,6 +63,7 @@ __all__ = [
     "GuidanceInterval",
     "GuidanceScale",
     "HookRegistry",
+    "InjectAttention",
     "InterpError",
     "Intervention",
     "NNsightEdit",
@@ -68,6 +75,8 @@ __all__ = [
     "ReplacePrompt",
     "ReplaceTokens",
     "Run",
+    "ScaleAttention",
+    "SetAttention",
     "Steer",
     "__version__",
     "encode_image",
@@ -75,6 +84,7 @@ __all__ = [
     "nnsight",
     "open_run",
     "plan",
+    "prompt_to_prompt",
     "record",
     "score",
     "sites",
@@ -91,6 +101,7 @@ if TYPE_CHECKING:
     from interp.hooks import At as At
     from interp.hooks import HookRegistry as HookRegistry
     from interp.interventions import Ablate as Ablate
+    from interp.interventions import AblateHeads as AblateHeads
     from interp.interventions import AdaptiveGuidance as AdaptiveGuidance
     from interp.interventions import AddNoise as AddNoise
     from interp.interventions import CacheCrossAttention as CacheCrossAttention
@@ -98,6 +109,7 @@ if TYPE_CHECKING:
     from interp.interventions import EncoderLayer as EncoderLayer
     from interp.interventions import GuidanceInterval as GuidanceInterval
     from interp.interventions import GuidanceScale as GuidanceScale
+    from interp.interventions import InjectAttention as InjectAttention
     from interp.interventions import Intervention as Intervention
     from interp.interventions import NNsightEdit as NNsightEdit
     from interp.interventions import Patch as Patch
@@ -106,7 +118,10 @@ if TYPE_CHECKING:
     from interp.interventions import ReplaceEOS as ReplaceEOS
     from interp.interventions import ReplacePrompt as ReplacePrompt
     from interp.interventions import ReplaceTokens as ReplaceTokens
+    from interp.interventions import ScaleAttention as ScaleAttention
+    from interp.interventions import SetAttention as SetAttention
     from interp.interventions import Steer as Steer
+    from interp.interventions import prompt_to_prompt as prompt_to_prompt
     from interp.loading import load as load
     from interp.planning import Plan as Plan
     from interp.planning import plan as plan

@@ -1,6 +1,7 @@
 """Interventions: changes of a sampling run, listed in the call, written into the run, undone afterwards."""
 
 from interp.interventions.activations import Ablate, AddNoise, Patch, Steer
+from interp.interventions.attention import AblateHeads, ScaleAttention, SetAttention
 from interp.interventions.base import Batch, Intervention, attach_all, check_all, from_spec
 from interp.interventions.caching import CacheCrossAttention
 from interp.interventions.encoder import EncoderLayer
@@ -12,6 +13,7 @@ from interp.interventions.guidance import (
     RemoveGuidance,
     RemoveText,
 )
+from interp.interventions.injection import InjectAttention, prompt_to_prompt
 from interp.interventions.other_prompt import ReplaceEOS, ReplacePrompt
 from interp.interventions.places import neighbours
 from interp.interventions.token_states import ReplaceTokens
@@ -19,6 +21,7 @@ from interp.interventions.vectors import steering_vector
 
 __all__ = [
     "Ablate",
+    "AblateHeads",
     "AdaptiveGuidance",
     "AddNoise",
     "Batch",
@@ -27,6 +30,7 @@ __all__ = [
     "EncoderLayer",
     "GuidanceInterval",
     "GuidanceScale",
+    "InjectAttention",
     "Intervention",
     "NNsightEdit",
     "Patch",
@@ -35,10 +39,13 @@ __all__ = [
     "ReplaceEOS",
     "ReplacePrompt",
     "ReplaceTokens",
+    "ScaleAttention",
+    "SetAttention",
     "Steer",
     "attach_all",
     "check_all",
     "from_spec",
     "neighbours",
+    "prompt_to_prompt",
     "steering_vector",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 from zlib import crc32
 
 import numpy as np
@@ -11,15 +11,14 @@ import torch
 from interp.errors import InterpError, nearest
 from interp.hooks import At, HookRegistry
 from interp.interventions.places import BRANCHES, AtSite, Change, Place, present
-from interp.interventions.sources import BATCH, Choice, Stored, described, kept_source, opened
+from interp.interventions.sources import BATCH, Choice, Sourced, Stored, kept_source, opened
 from interp.interventions.vectors import Vector, kept_vector, read_vector
 from interp.stores import Run
 
 
-class _FromRun(AtSite):
+class _FromRun(Sourced, AtSite):
     """What `Patch` and `Ablate` share: activations of a stored run."""
 
-    source: str | Run | None
     condition: str | None
     source_step: int | None
 
@@ -36,24 +35,6 @@ class _FromRun(AtSite):
             self._stored(place, positions).check(place.shape or (), BRANCHES[self.branch], steps, place.batch)
         except InterpError as error:
             raise InterpError(f"{self._named()}: {error}") from error
-
-    def _named(self) -> str:
-        return f"{type(self).__name__} from {described(self.source or '')}"
-
-    def __repr__(self) -> str:
-        own = super().__repr__()
-        return (
-            own if not isinstance(self.source, Run) else own.replace(repr(self.source), f"<{described(self.source)}>")
-        )
-
-    def spec(self) -> dict[str, Any]:
-        """Name and fields; a source that lives in memory cannot be rebuilt."""
-        if self.source is None or isinstance(self.source, str):
-            return super().spec()
-        values = {f: getattr(self, f) for f in type(self).__dataclass_fields__ if f not in self.window()}
-        return self.written(
-            {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} | {"source": self._named()}
-        )
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from interp.errors import InterpError, nearest, sentence_list
-from interp.interventions.base import Batch
+from interp.interventions.base import Batch, Intervention
 from interp.prompts import fill
 from interp.stores import Run, open_run
 
@@ -48,6 +48,29 @@ def _opened(path: str, written: int) -> Run:
 def described(source: str | Run) -> str:
     """Name a source in a sentence."""
     return repr(source) if isinstance(source, str) else f"a run in memory of {len(source)} samples"
+
+
+class Sourced:
+    """What interventions share that take something from a stored run: how it is named, and written down."""
+
+    source: str | Run | None
+
+    def _named(self) -> str:
+        return f"{type(self).__name__} from {described(self.source or '')}"
+
+    def __repr__(self) -> str:
+        own = super().__repr__()
+        return (
+            own if not isinstance(self.source, Run) else own.replace(repr(self.source), f"<{described(self.source)}>")
+        )
+
+    def spec(self: Any) -> dict[str, Any]:
+        """Name and fields; a source that lives in memory cannot be rebuilt."""
+        if self.source is None or isinstance(self.source, str):
+            return dict(Intervention.spec(self))
+        values = {f: getattr(self, f) for f in type(self).__dataclass_fields__ if f not in self.window()}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return dict(self.written(plain | {"source": self._named()}))
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,17 @@ class Bench:
 
 
 @cache
+def attended(name: str) -> interp.Run:
+    """Like `stored`, with its attention."""
+    capture = interp.Capture(heads="all", tokens="all", dtype="float32", image=False)
+    prompts = [{"prompt": row["target"]} for row in PROMPTS]
+    return interp.trace(
+        tiny(name), prompts, seeds=0, steps=2, guidance_scale=4.0, height=16, width=16, capture=capture,
+        options=CALLS[name].get("options"), progress=False,
+    )  # fmt: skip
+
+
+@cache
 def stored(name: str) -> interp.Run:
     """A run of other prompts, by number and seed those of the checks, that holds the bench's site."""
     bench = Bench(name)
@@ -77,6 +88,7 @@ EXAMPLES: dict[str, list[Example]] = {
         lambda b: interp.Ablate(b.site, branch="both"),
         lambda b: interp.Ablate(b.site, "mean", region=(0, 0, 0.5, 1)),
     ],
+    "ablate_heads": [lambda b: interp.AblateHeads("cross", "mean", heads=(0,))],
     "add_noise": [
         lambda b: interp.AddNoise(b.site, scale=2.0),
         lambda b: interp.AddNoise(b.embedded, scale=3.0, tokens=("red", "eos")),
@@ -86,6 +98,7 @@ EXAMPLES: dict[str, list[Example]] = {
     "encoder_layer": [lambda b: interp.EncoderLayer(0)],
     "guidance_interval": [lambda b: interp.GuidanceInterval(start=0.5, unit="fraction")],
     "guidance_scale": [lambda b: interp.GuidanceScale(2.0)],
+    "inject_attention": [lambda b: interp.InjectAttention(attended(b.name))],
     "patch": [lambda b: interp.Patch(b.stored(), b.site, branch="both")],
     "remove_guidance": [lambda b: interp.RemoveGuidance(start=0.5)],
     "remove_text": [lambda b: interp.RemoveText()],
@@ -95,6 +108,8 @@ EXAMPLES: dict[str, list[Example]] = {
         lambda b: interp.ReplacePrompt("{target}", layers="*", side="v") if b.crossing else None,  # no layers to choose
     ],
     "replace_tokens": [lambda b: interp.ReplaceTokens(words=("red",), value="random")],
+    "scale_attention": [lambda b: interp.ScaleAttention("red", scale=5.0)],
+    "set_attention": [lambda b: interp.SetAttention(roles="eos", renormalise=True)],
     "steer": [lambda b: interp.Steer(b.site, [1.0] * b.channels, coefficient=5.0)],
 }
 """Examples by name, each for every bench; None where a pipeline has no such thing, with the reason beside it."""
@@ -136,7 +151,7 @@ PATCHED = [c for c in BARE if c != "spec"]
 
 @pytest.mark.parametrize(("name", "number"), ALL, ids=str)
 def test_every_check_on_stable_diffusion_1(name: str, number: int) -> None:
-    checked("sd1", name, number, PATCHED if name == "patch" else BARE if number else CHECKS)
+    checked("sd1", name, number, PATCHED if name in ("patch", "inject_attention") else BARE if number else CHECKS)
 
 
 @pytest.mark.parametrize("bench", list(OTHERS))
