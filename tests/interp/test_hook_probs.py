@@ -245,36 +245,6 @@ def test_a_run_holds_the_probabilities_that_were_used():
     assert np.allclose(sums[:, 0], 1 + 2 / 3 * after[:, 1, 0, :, :, 2], atol=1e-5)
 
 
-def test_explicit_processors_are_edited_too():
-    """diffusers' `AttnProcessor` forms probabilities itself: within 2e-5 of the fused kernel's edit."""
-    pipe = tiny("sd1")
-    with interp.HookRegistry(pipe) as hooks:
-        hooks.write(f"{SD1}:probs", lambda probs, at: tripled(probs))
-        want = call(pipe, [A, B])
-    processors = dict(pipe.unet.attn_processors)
-    pipe.unet.set_default_attn_processor()
-    try:
-        from diffusers.models.attention_processor import AttnProcessor
-
-        pipe.unet.set_attn_processor(AttnProcessor())
-        plain = call(pipe, [A, B])
-        with interp.HookRegistry(pipe) as hooks:
-            hooks.write(f"{SD1}:probs", lambda probs, at: tripled(probs))
-            got = call(pipe, [A, B])
-        with interp.HookRegistry(pipe) as hooks:
-            hooks.write(f"{SD1}:probs", lambda probs, at: probs.clone())
-            assert torch.equal(call(pipe, [A, B]), plain)
-        pipe.enable_attention_slicing(1)
-        with interp.HookRegistry(pipe) as hooks:
-            hooks.write(f"{SD1}:probs", lambda probs, at: tripled(probs))
-            with pytest.raises(interp.InterpError, match="slicing"):
-                call(pipe, [A, B])
-    finally:
-        pipe.disable_attention_slicing()
-        pipe.unet.set_attn_processor(processors)
-    assert (got - want).abs().max() <= 2e-5 * want.abs().max()
-
-
 class Unseen(Edited):
     """A processor that calls none of the known kernels."""
 
