@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import Arguments, AttentionSite, Family, find_family
-from interp.observing import HookProbs
+from interp.observing import HookProbs, identities
 from interp.patterns import REGEX, matching
 
 ALIASES = {"pattern": "probs", "attn": "probs", "output": "out", "input": "in"}
@@ -114,8 +114,7 @@ def dry_run(
     arguments = family.arguments() if arguments is None else arguments
     known = _DRY_RUNS.setdefault(denoiser, {})
     shape = (*family.latent_shape(arguments), family.text_length(arguments))
-    modules = (m for m in denoiser.modules() if not isinstance(m, HookProbs))  # which come and go
-    key = (*shape, *map(id, modules))  # LoRA and the like exchange modules
+    key = (*shape, *identities(denoiser))
     if key not in known:
         if len(known) > 8:
             known.clear()

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from interp.families import Arguments, Family
 from interp.hooks import At, HookRegistry
+from interp.observing import identities
 
 _KNOWN: WeakKeyDictionary[torch.nn.Module, dict[tuple, dict[str, tuple[int, ...] | None]]] = WeakKeyDictionary()
 
@@ -17,7 +18,7 @@ def site_shapes(family: Family, sites: Sequence[str], arguments: Arguments) -> d
     denoiser = family.denoiser
     known = _KNOWN.setdefault(denoiser, {})
     shape = (*family.latent_shape(arguments), family.text_length(arguments))
-    key = (*shape, *(id(m) for m in denoiser.modules()))  # LoRA and the like exchange modules
+    key = (*shape, *identities(denoiser))
     if key not in known and len(known) > 8:
         known.clear()
     met = known.setdefault(key, {})

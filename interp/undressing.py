@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
+from interp.observing import NAME, HookProbs
+
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
@@ -24,7 +26,10 @@ def undressed(module: torch.nn.Module) -> Iterator[None]:
         for name in (*_HOOKS, "forward", "_compiled_call_impl")
         if name in vars(m)
     ]
+    points = [(m, p) for m in module.modules() if isinstance(p := m._modules.get(NAME), HookProbs)]
     try:
+        for m, _ in points:
+            del m._modules[NAME]  # who rehearses inside watches for itself
         for m, name, _ in worn:
             if name in _HOOKS:
                 vars(m)[name] = OrderedDict()
@@ -36,3 +41,5 @@ def undressed(module: torch.nn.Module) -> Iterator[None]:
         backends.update(kernels)
         for m, name, own in worn:
             vars(m)[name] = own
+        for m, point in points:
+            m._modules[NAME] = point

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor
 
 import interp
 from interp.kernels import AttentionCall
@@ -243,6 +243,36 @@ def test_a_run_holds_the_probabilities_that_were_used():
     sums = after[:, 1].sum(-3)  # (sample, branch, layer, head, y, x)
     assert np.allclose(sums[:, 1], 1, atol=1e-5)
     assert np.allclose(sums[:, 0], 1 + 2 / 3 * after[:, 1, 0, :, :, 2], atol=1e-5)
+
+
+def test_explicit_processors_are_edited_too():
+    """diffusers' `AttnProcessor` forms probabilities itself: within 2e-5 of the fused kernel's edit."""
+    pipe = BUILDERS["sd1"]()  # its own: turning slicing off leaves other processors behind
+
+    def edited(edit):
+        with interp.HookRegistry(pipe) as hooks:
+            hooks.write(f"{SD1}:probs", lambda probs, at: edit(probs))
+            return call(pipe, [A, B])
+
+    want = edited(tripled)
+    pipe.unet.set_attn_processor(AttnProcessor())
+    plain, got = call(pipe, [A, B]), edited(tripled)
+    assert (got - want).abs().max() <= 2e-5 * want.abs().max() and not torch.equal(got, plain)
+    assert torch.equal(edited(torch.clone), plain)
+    pipe.enable_attention_slicing(1)
+    with pytest.raises(interp.InterpError, match="slicing"):
+        edited(tripled)
+
+
+def test_a_run_is_planned_and_recorded_inside_a_registry():
+    """What rehearses the model inside watches it for itself, and the registry around sees the run as well."""
+    pipe, seen = tiny("sd1"), []
+    capture = interp.Capture(attention=None, sites=(f"{SD1}:q",), image=False)
+    with untouched(pipe), interp.HookRegistry(pipe) as hooks:
+        hooks.read(f"{SD1}:q", lambda q, at: seen.append(q.clone()) if at.branch == "cond" else None)
+        hooks.read(f"{SD1}:probs", lambda probs, at: None)
+        run = interp.trace(pipe, A, steps=2, guidance_scale=5.0, capture=capture, progress=False)
+    assert np.array_equal(run.site(f"{SD1}:q").sel(branch="cond").values[0], torch.cat(seen).numpy())
 
 
 class Unseen(Edited):

@@ -1,0 +1,45 @@
+"""Prompt-to-Prompt (arXiv:2208.01626): swap a word and keep the layout, by the source's attention in the first steps.
+
+The first row of the table is the source; the second is its edit, which runs in the same batch from the same noise.
+
+python examples/prompt_to_prompt.py [number of seeds, default 1] [steps, default 8]
+"""
+
+import sys
+
+import numpy as np
+from PIL import Image
+
+import interp
+
+SOURCE = "a large plain red circle above a small striped blue square on a beige background"
+EDITED = "a large plain red heart above a small striped blue square on a beige background"
+
+if __name__ == "__main__":
+    n, steps = (int(given) for given in (*sys.argv[1:], *("1", "8")[len(sys.argv) - 1 :]))
+    run = interp.trace(
+        "scenes",
+        [SOURCE, EDITED],
+        seeds=range(n),
+        steps=steps,
+        batch_size=2 * n,
+        capture=interp.Capture(attention=None),
+        conditions={
+            "prompt alone": [],
+            "cross injected": interp.prompt_to_prompt(self_replace=0),
+            "cross and self injected": interp.prompt_to_prompt(),
+            "cross injected, striped × 0": interp.prompt_to_prompt(self_replace=0, words="striped", scale=0.0),
+        },
+        scores=["judge"],
+        progress=False,
+    )
+    rows = []
+    for name in run.conditions:
+        part = run.condition(name)
+        pictures, edited = part.images.values, (part.samples["prompt"] == EDITED).to_numpy()
+        apart = np.abs(pictures[edited] / 255 - pictures[~edited] / 255).mean()
+        judged = float(part.scores.values[edited].mean())
+        print(f"{name:<28} L1 to the source {apart:.3f}, judge sees {judged:.2f} of the edited prompt")
+        rows.append(np.concatenate([*pictures[~edited], *pictures[edited]], axis=1))
+    print(f"n = {n} seed{'s' * (n > 1)}, {steps} steps")
+    Image.fromarray(np.concatenate(rows)).save("prompt_to_prompt.png")
