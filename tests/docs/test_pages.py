@@ -36,7 +36,7 @@ EXPECTED = {
         "adaptive  passes [13, 12]",
         "T-GATE    passes [14, 14]",
         "[2 1 2] [-1 -1 16]",
-        "0.    0.    ]",  # what is hidden has no probability
+        "hidden [0.0, 0.0]",
         "[False, True]",
         "('layers', 'metric', 'pair')",
         "[1. ",  # all of the last layer's states bring everything back
