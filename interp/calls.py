@@ -53,6 +53,8 @@ class DenoiserCall:
     keep: tuple[str, ...] = ()
     leave: dict[str, frozenset[int]] = field(default_factory=dict)
     scale: float | None = None
+    stood_in: set[str] = field(default_factory=set)
+    """Modules that did not run in this call, because something stood in for them."""
 
     @cached_property
     def timestep(self) -> float:

@@ -27,6 +27,8 @@ class Timeline:
     alpha_bar: np.ndarray
     data_scale: np.ndarray
     noise_scale: np.ndarray
+    evaluations: np.ndarray | None = None
+    """How often each step evaluates the model; None is once (Heun and the like take two, but for the last step)."""
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -34,7 +36,13 @@ class Timeline:
     def after(self, steps: int) -> "Timeline":
         """Return the noise levels without the first `steps`."""
         levels = (self.timestep, self.sigma, self.alpha_bar, self.data_scale, self.noise_scale)
-        return Timeline(*(level[steps:] for level in levels))
+        timestep, sigma, alpha_bar, data_scale, noise_scale = (level[steps:] for level in levels)
+        counts = None if self.evaluations is None else self.evaluations[steps:]
+        return Timeline(timestep, sigma, alpha_bar, data_scale, noise_scale, counts)
+
+    def count(self, step: int) -> int:
+        """Return how often a step evaluates the model."""
+        return 1 if self.evaluations is None else int(self.evaluations[step])
 
 
 @dataclass(frozen=True)
@@ -87,14 +95,15 @@ def timeline(scheduler: Any, steps: int, device: Any = "cpu", schedule: Mapping[
             f"the noise levels of {type(copy).__name__} are unknown here; use DDIM, Euler, DPM-Solver++ or Heun"
         )
     times = copy.timesteps.detach().cpu().double().numpy()
-    order = getattr(copy, "order", 1)
+    order, counts = getattr(copy, "order", 1), None
     if order > 1:  # t0 t1 t1 t2 t2 …: the first evaluations are at 0, 2, 4 …
-        times = times[::order]
+        total, times = len(times), times[::order]
+        counts = np.minimum(order, total - order * np.arange(len(times)))
     sigmas = getattr(copy, "sigmas", None)
     if flow:
         assert sigmas is not None
         sigma = np.asarray(sigmas.detach().cpu().double())[:-1][:: max(order, 1)][: len(times)]
-        return Timeline(times, sigma, (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2), 1 - sigma, sigma)
+        return Timeline(times, sigma, (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2), 1 - sigma, sigma, counts)
     table = copy.alphas_cumprod.detach().cpu().double().numpy()
     alpha_bar = np.interp(times, np.arange(len(table)), table)
     sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
@@ -102,8 +111,8 @@ def timeline(scheduler: Any, steps: int, device: Any = "cpu", schedule: Mapping[
         sigma = np.asarray(copy.sigmas.detach().cpu().double())[:-1][:: max(order, 1)][: len(times)]
         alpha_bar = 1 / (1 + sigma**2)
         if _variance_exploding(copy):
-            return Timeline(times, sigma, alpha_bar, np.ones_like(sigma), sigma)
-    return Timeline(times, sigma, alpha_bar, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
+            return Timeline(times, sigma, alpha_bar, np.ones_like(sigma), sigma, counts)
+    return Timeline(times, sigma, alpha_bar, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), counts)
 
 
 def _variance_exploding(scheduler: Any) -> bool:

@@ -27,6 +27,7 @@ from interp.families.glance import GLANCING
 from interp.kernels import AttentionCall
 from interp.observing import KernelObserver, Watch
 from interp.overriding import override_call, watch_context
+from interp.standing import StandIn, StandIns, Steps
 
 __all__ = ["At", "DenoiserCall", "HookRegistry", "Prediction"]
 
@@ -79,8 +80,7 @@ class HookRegistry:
         self._clock: Clock | None = None
         self._call: DenoiserCall | None = None
         self._evaluation = Evaluation()
-        self._stand_ins: dict[str, Callable[[DenoiserCall], torch.Tensor | None]] = {}
-        self._stood_in: set[str] = set()
+        self._stand_ins = StandIns()
         self._passes = 0  # denoiser calls since the last scheduler.step
         self._context: str | None = None
         self.arguments: Arguments | None = None
@@ -128,22 +128,36 @@ class HookRegistry:
         if self._undo:
             self._hook_attention(site.name, site.module)
 
-    def stand_in(self, path: str, fn: Callable[[DenoiserCall], torch.Tensor | None]) -> None:
-        """Where `fn(call)` gives a tensor, the module at `path` does not run: the tensor is its output, all rows."""
-        self._stand_ins[path] = fn
-        if self._undo:
+    def stand_in(self, path: str, fn: StandIn, steps: Steps = None) -> None:
+        """Where `fn(call)` gives a tensor, the module at `path` does not run: the tensor is its output, all rows.
+
+        Args:
+            path: A module, e.g. `unet.mid_block.attentions.0.transformer_blocks.0.attn2`.
+            fn: Gets the denoiser call; None lets the module run.
+            steps: The sampling steps in which it is asked; None for all. Several functions share a module in turn.
+
+        Raises:
+            InterpError: something is to be written in the module, in the same steps.
+        """
+        new = path not in self._stand_ins.paths
+        self._stand_ins.add(path, fn, steps)
+        for site, listeners in self._writers.items():
+            for one in listeners:
+                self._stand_ins.refuse_writer(site, one.steps)
+        if self._undo and new:
             self._hook_stand_in(path)
 
     def stood_in(self, site: str) -> bool:
         """Tell whether something stood in for the module of a site, or one around it, in this step."""
-        path = split_site(site)[0] if ":" in site else site
-        return any(path == one or path.startswith(f"{one}.") for one in self._stood_in)
+        return self._stand_ins.stood_in(split_site(site)[0] if ":" in site else site)
 
     def _register(
         self, site: str, fn: SiteFunction, where: dict[str, list["_Listener"]], steps: Collection[int] | None
     ) -> list[str]:
         found = match_sites(self.family, site)
         for name in found:
+            if where is self._writers:
+                self._stand_ins.refuse_writer(name, steps)
             where.setdefault(name, []).append(_Listener(fn, steps))
             if self._undo:
                 self._hook_site(name)
@@ -166,7 +180,7 @@ class HookRegistry:
         self._undo += [override_call(module, self._denoise) for module in called]
         if self.family.sequential:
             self._undo.append(watch_context(self.family.denoiser, self._name_context))
-        for path in self._stand_ins:
+        for path in self._stand_ins.paths:
             self._hook_stand_in(path)
         for one in self._sites.values():
             self._observer.offer(one.name, one.module, self._watch(one.name))
@@ -237,7 +251,7 @@ class HookRegistry:
             edit(call)
         held, kept = call.held, call.left()
         for one in (*around, call):
-            one.held = kept
+            one.held, one.scale = kept, one.scale if call.scale is None else call.scale
         is_denoiser = plain(module) is self.family.denoiser
         if not kept and not is_denoiser:
             return run(*args, **kwargs)  # a ControlNet in guess mode, whose only rows go with what is dropped
@@ -255,8 +269,11 @@ class HookRegistry:
         finally:
             _RUNNING.reset(token)
             self._call = outer
+        self._stand_ins.note(call.stood_in)
         if is_denoiser:
-            return self._predicted(call, held, kept, out, lambda: self.family.blank_output(args, kwargs))
+            # the outermost registry alone combines: those inside show it what was predicted
+            scale = None if around else call.scale
+            return self._predicted(call, held, kept, out, scale, lambda: self.family.blank_output(args, kwargs))
         return out if kept == held else stack_rows(out, sum(map(len, kept.values())), stand_ins(held, kept))
 
     def _begin(self, args: tuple, kwargs: dict, known: DenoiserCall | tuple[str, ...]) -> DenoiserCall:
@@ -282,6 +299,11 @@ class HookRegistry:
         return DenoiserCall(args, dict(kwargs), held, clock.step, time, clock.evaluation, samples, tuple(held))
 
     def _run_unnamed(self, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        if self._evaluation.scale is not None:
+            raise InterpError(
+                f"{type(self.pipe).__name__} combines a third prediction with that of the text (skip-layer guidance), which "
+                "another guidance scale would change, too; leave out skip_guidance_layers, or the scale in these steps"
+            )
         if self._evaluation.dropped:
             return self.family.with_rows(None, self._evaluation.first(), kwargs)
         outer, self._call = self._call, DenoiserCall(args, kwargs, {}, -1, lambda: float("nan"), 0, 0)
@@ -291,7 +313,13 @@ class HookRegistry:
             self._call = outer
 
     def _predicted(
-        self, call: DenoiserCall, held: Held, kept: Held, out: Any, blank: Callable[[], torch.Tensor]
+        self,
+        call: DenoiserCall,
+        held: Held,
+        kept: Held,
+        out: Any,
+        scale: float | None,
+        blank: Callable[[], torch.Tensor],
     ) -> Any:
         """Tell what was evaluated, and return what the pipeline is to combine.
 
@@ -305,7 +333,7 @@ class HookRegistry:
             for fn in self._predictions:
                 fn(Prediction(outputs, call))
         evaluation = self._evaluation
-        evaluation.scale = None if call.scale == family.applied_guidance(arguments) else call.scale
+        evaluation.scale = None if scale == family.applied_guidance(arguments) else scale
 
         def guide(uncond: torch.Tensor, cond: torch.Tensor, scale: float) -> torch.Tensor:
             return family.guide(uncond, cond, scale, arguments)
@@ -338,7 +366,7 @@ class HookRegistry:
             end = replace(end, latents=latents, next_latents=following, model_output=output)
         for fn in self._step_ends:
             fn(end)
-        self._stood_in.clear()
+        self._stand_ins.end_step()
 
     def spans(self, kernel: AttentionCall, call: DenoiserCall) -> Spans:
         """Return where image and text lie in a kernel call."""
@@ -437,10 +465,12 @@ class HookRegistry:
     def _hook_stand_in(self, path: str) -> None:
         def around(module: torch.nn.Module, run: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
             call = self._call
-            out = None if call is None or not call.branches else self._stand_ins[path](call)
+            out = None if call is None or not call.branches else self._stand_ins.output(path, call)
             if out is None:
                 return run(*args, **kwargs)
-            self._stood_in.add(path)
+            for calls in (_RUNNING.get() or {}).values():  # other registries must know, too
+                for one in calls:
+                    one.stood_in.add(path)
             return out
 
         self._undo.append(override_call(self.family_module(path), around))

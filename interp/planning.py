@@ -110,12 +110,13 @@ class Plan:
         total = self.bytes
         per = total / max(1, len(self))
         seeds = len(self) // (len(self.prompts) * len(self.conditions))
+        most = "at most " if any(c.skips_more for changes in self.conditions.values() for c in changes) else ""
         return "\n".join(
             [
                 f"{len(self)} samples = {len(self.conditions)} conditions × {len(self.prompts)} prompts × {seeds} seeds, "
                 f"in {len(self.batches)} batches of up to {max(map(len, self.batches))}",
                 f"{self.width}×{self.height} pixels, {self.steps} steps, guidance {self.guidance_scale:g}: "
-                f"{self.forward_passes:,} forward passes (one sample, one branch each)",
+                f"{most}{self.forward_passes:,} forward passes (one sample, one branch each)",
                 f"{size(total)} before compression ({size(per)} a sample); {self._memory_told()}",
                 *(f"  {name}: {' × '.join(f'{d} {n}' for d, n in zip(a.dims, a.shape, strict=True))} {a.dtype}"
                   for name, a in self.layout.arrays.items()),
@@ -358,7 +359,7 @@ def _samples(
 
 
 def _passes(changes: Sequence[Intervention], times: Timeline, guided: bool) -> int:
-    """Forward passes of one sample, first evaluations of each step: what the branch policies leave, at most."""
+    """Forward passes of one sample, all evaluations of each step: what the branch policies leave, at most."""
     policies = [c.evaluated(times) for c in changes]
     full = 2 if guided else 1
-    return sum(min([len(p[i]) for p in policies if i in p] or [full]) for i in range(len(times)))
+    return sum(times.count(i) * min([len(p[i]) for p in policies if i in p] or [full]) for i in range(len(times)))

@@ -51,6 +51,8 @@ class Intervention:
 
     name: ClassVar[str]
     serialisable: ClassVar[bool] = True
+    skips_more: ClassVar[bool] = False
+    """While it runs it may skip more forward passes than `evaluated` tells beforehand."""
 
     def __post_init__(self) -> None:
         if self.unit not in ("fraction", "step", "sigma", "timestep"):

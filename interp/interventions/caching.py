@@ -1,20 +1,39 @@
 """Cross-attention that is computed once and reused: T-GATE (arXiv:2404.02747)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from interp.branches import spread
+from interp.branches import spread, take_rows
 from interp.catalog import attention_sites
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import Family
 from interp.hooks import At, DenoiserCall, HookRegistry
 from interp.interventions.base import Batch, Intervention
 from interp.tokens import Tokens
+
+
+@dataclass
+class _Kept:
+    """What one module gave at the gate: branch → its samples, and (sample, …) of the whole batch."""
+
+    by_branch: dict[str, tuple[tuple[int, ...], torch.Tensor]] = field(default_factory=dict)
+    _mean: torch.Tensor | None = None
+
+    def keep(self, branch: str, members: tuple[int, ...], output: torch.Tensor, samples: int) -> None:
+        """Keep a branch's output; samples that the branch does not hold are NaN."""
+        self.by_branch[branch], self._mean = (members, spread(output.detach().clone(), members, samples)), None
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mean of the branches that each sample had."""
+        if self._mean is None:
+            self._mean = torch.stack([output for _, output in self.by_branch.values()]).nanmean(0)
+        return self._mean
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -26,8 +45,11 @@ class CacheCrossAttention(Intervention):
         value: What is reused: `"mean"` of both branches, as T-GATE has it, or each branch's `"own"`.
 
     The output is that of the last step before the window, or of the window's first step where it opens the run. T-GATE
-    itself also drops a branch: `[CacheCrossAttention(start=0.4), RemoveGuidance(start=0.4)]`. In the run, attention that did
-    not run is NaN.
+    itself also drops a branch: `[CacheCrossAttention(start=0.4), RemoveText(start=0.4)]`; where the text enters through
+    cross-attention alone (Stable Diffusion 1, PixArt), `RemoveGuidance` is the same to the last bit.
+
+    In the run, attention that did not run is NaN. Other text that is read in these steps has no effect on these layers,
+    and changes of what is inside them, or of their output, are refused.
 
     >>> CacheCrossAttention(start=0.4)
     CacheCrossAttention(start=0.4)
@@ -59,31 +81,35 @@ class CacheCrossAttention(Intervention):
         """Keep the outputs of one step, and give them in the steps that follow."""
         steps = self.steps(batch.timeline)
         gate = max(0, min(steps, default=0) - 1)
-        for path in self._paths(hooks.family) if steps else ():
-            kept: dict[str, torch.Tensor] = {}
-            hooks.read(f"{path}:out", partial(self._keep, kept, gate, len(batch.rows)))
-            hooks.stand_in(path, partial(self._give, kept, steps - {gate}, path))
+        reused = steps - {gate}
+        for path in self._paths(hooks.family) if reused else ():
+            kept = _Kept()
+            hooks.read(f"{path}:out", partial(self._keep, kept, len(batch.rows)), {gate})
+            hooks.stand_in(path, partial(self._give, kept, path, gate), reused)
 
-    def _keep(self, kept: dict[str, torch.Tensor], gate: int, samples: int, output: torch.Tensor, at: At) -> None:
-        if at.step == gate:
-            if at.branch in kept and at.evaluation == 0:
-                kept.clear()  # another run of the same pipeline
-            kept[at.branch] = spread(output.detach().clone(), at.members, samples)
+    def _keep(self, kept: _Kept, samples: int, output: torch.Tensor, at: At) -> None:
+        if at.branch in kept.by_branch and at.evaluation == 0:
+            kept.by_branch.clear()  # another run of the same pipeline
+        kept.keep(at.branch, at.members, output, samples)
 
-    def _give(
-        self, kept: dict[str, torch.Tensor], steps: frozenset[int], path: str, call: DenoiserCall
-    ) -> torch.Tensor | None:
-        if call.step not in steps:
-            return None
-        mean = torch.stack(list(kept.values())).nanmean(0) if self.value == "mean" else None
+    def _give(self, kept: _Kept, path: str, gate: int, call: DenoiserCall) -> torch.Tensor:
+        if not kept.by_branch:
+            raise InterpError(
+                f"{self!r}: {path!r} did not run in step {gate}, so it gave nothing to reuse; leave a step between the "
+                "windows of two caches"
+            )
         parts = []
         for branch, members in call.held.items():
-            if mean is None and branch not in kept:
-                raise InterpError(
-                    f"{self!r}: the branch {branch!r} was not evaluated before the window, so {path!r} has no output of its "
-                    "own to reuse; say value='mean', or keep both branches until then"
-                )
-            parts.append((kept[branch] if mean is None else mean)[list(members)])
+            if self.value == "own":
+                known, output = kept.by_branch.get(branch, ((), None))
+                if output is None or not set(members) <= set(known):
+                    raise InterpError(
+                        f"{self!r}: the branch {branch!r} was not evaluated for every sample in step {gate}, so {path!r} has "
+                        "no output of its own to reuse; say value='mean', or keep both branches until then"
+                    )
+                parts.append(take_rows(output, members))
+            else:
+                parts.append(take_rows(kept.mean, members))
         return torch.cat(parts)
 
     def _paths(self, family: Family) -> list[str]:

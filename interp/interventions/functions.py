@@ -59,7 +59,7 @@ class Edit(Intervention):
                 return self.fn(tensor, at) if whole and hooks.arguments is not None else None
             return self.fn(tensor, at) if at.step in steps else None
 
-        hooks.write(self.site, write)
+        hooks.write(self.site, write, {-1, *steps})
 
     def spec(self) -> dict[str, Any]:
         """Name, window, site, and what can be said of the function."""

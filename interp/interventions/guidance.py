@@ -201,6 +201,7 @@ class AdaptiveGuidance(_Guided):
     threshold: float = 0.99
 
     name: ClassVar[str] = "adaptive_guidance"
+    skips_more: ClassVar[bool] = True
 
     def claims(self) -> frozenset[str]:
         """The choice of branches has one owner a step."""
@@ -213,7 +214,7 @@ class AdaptiveGuidance(_Guided):
         seen: dict[str, tuple[tuple[int, ...], torch.Tensor]] = {}
 
         def edit(call: DenoiserCall) -> None:
-            if call.step == 0:
+            if call.step == 0 and call.evaluation == 0:
                 finished.clear()
             if call.step in steps:
                 done = frozenset(sample for sample, step in finished.items() if step < call.step)

@@ -149,21 +149,22 @@ class AtSite(_Part):
 
     def attach(self, hooks: HookRegistry, batch: Batch) -> None:
         """Write at each site in the window's steps."""
-        if self.steps(batch.timeline):
+        steps = self.steps(batch.timeline)
+        if steps:
             for place in self._places(hooks.family, batch):
-                hooks.write(place.site, self._writer(hooks, place))
+                hooks.write(place.site, self._writer(hooks, place), {-1} if place.of_text_encoder else steps)
 
     def _places(self, family: Family, batch: Batch) -> list[Place]:
         return [Place(site, family, batch) for site in match_sites(family, self.site)]
 
     def _writer(self, hooks: HookRegistry, place: Place) -> Callable[[torch.Tensor, At], torch.Tensor | None]:
-        steps, wanted, change = self.steps(place.batch.timeline), BRANCHES[self.branch], self.change(hooks, place)
+        wanted, change = BRANCHES[self.branch], self.change(hooks, place)
         reading = TextCalls(hooks, place.root) if place.of_text_encoder else None
         masks: dict[tuple[int, ...], torch.Tensor | None] = {}
 
         def write(tensor: torch.Tensor, at: At) -> torch.Tensor | None:
             branch = at.branch if reading is None else reading.branch
-            if branch not in wanted or (reading is None and at.step not in steps):
+            if branch not in wanted:
                 return None
             here = present(at)
             if len(tensor) != len(here) or max(here) >= len(place.batch.rows):

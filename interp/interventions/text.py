@@ -123,7 +123,7 @@ class TextChange(Intervention):
         family, exchange = hooks.family, self.exchange(hooks.family, batch)
         layered = None
         if self.side != "kv" or self.layers is not None:
-            layered = _Layers(hooks, self._sites(family), self.side, exchange.source)
+            layered = _Layers(hooks, self._sites(family), self.side, exchange.source, steps)
 
         def edit(call: DenoiserCall) -> None:
             if layered is not None:
@@ -174,14 +174,16 @@ class _Rows:
 class _Layers:
     """Some cross-attention layers that read other states, as keys, values or both."""
 
-    def __init__(self, hooks: HookRegistry, sites: Sequence[str], side: str, source: torch.Tensor) -> None:
+    def __init__(
+        self, hooks: HookRegistry, sites: Sequence[str], side: str, source: torch.Tensor, steps: frozenset[int]
+    ) -> None:
         self._family, self._source = hooks.family, source
         self._call: DenoiserCall | None = None
         self._states: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
         for site in sites:
             for one in side:
-                hooks.write(f"{site}.to_{one}:in", self._exchange)
+                hooks.write(f"{site}.to_{one}:in", self._exchange, steps)
             if "k" in side:
                 module = hooks.family_module(site)
                 hooks.on_exit(module.register_forward_pre_hook(self._unmask, with_kwargs=True).remove)

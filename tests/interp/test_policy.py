@@ -226,6 +226,69 @@ def test_a_scale_holds_for_the_samples_that_are_still_guided():
         assert equal(both, want)
 
 
+@pytest.mark.parametrize("name", ["sd1", "flux"])
+@pytest.mark.parametrize("record_first", [True, False])
+def test_a_scale_that_another_registry_sets_is_recorded_as_it_was(name, record_first):
+    """What was predicted stays what was predicted, and the scale is the one that was applied."""
+    pipe = tiny(name)
+    want = on(name, interp.GuidanceScale(3.0), steps=2)
+    hooks, recording = interp.HookRegistry(pipe), interp.record(pipe, capture=BARE)
+    hooks.on_call(lambda call: setattr(call, "scale", 3.0))
+    first, second = (recording, hooks) if record_first else (hooks, recording)
+    with first as one, second as other:
+        pipe(
+            [A, A], negative_prompt=[NEGATIVE] * 2, num_inference_steps=2, guidance_scale=SCALE, height=32, width=32,
+            generator=[torch.Generator().manual_seed(s) for s in SEEDS], output_type="latent", **FAMILIES[name],
+        )  # fmt: skip
+    run = (one if record_first else other).run
+    assert equal(run, want)
+    assert np.array_equal(run.noise_pred.values, want.noise_pred.values)
+    assert (run.trajectory.guidance_scale == 3.0).all() and (want.trajectory.guidance_scale == 3.0).all()
+
+
+def test_a_scale_beside_a_third_prediction_is_refused():
+    """Skip-layer guidance adds (c − s)·k to what is combined; with X for c that would be another number."""
+    options = {**SHORT, "skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+    with pytest.raises(interp.InterpError, match="combines a third prediction"):
+        traced(tiny("sd3"), interp.GuidanceScale(3.0), options=options, steps=2)
+    assert equal(*(traced(tiny("sd3"), *c, options=options, steps=2) for c in ([], [interp.GuidanceScale(SCALE)])))
+
+
+def test_an_interval_that_holds_the_run_changes_nothing():
+    assert equal(traced(tiny("sd1"), interp.GuidanceInterval()), traced(tiny("sd1")))
+
+
+def test_what_the_plan_says_of_passes():
+    """All evaluations of each step, and that adaptive guidance may skip more."""
+
+    def planned(*changes):
+        return interp.plan(tiny("sd1"), A, seeds=SEEDS, steps=STEPS, guidance_scale=SCALE, capture=BARE,
+                           interventions=changes)  # fmt: skip
+
+    assert planned(interp.AdaptiveGuidance()).forward_passes == 20
+    assert ": at most 20 forward passes" in str(planned(interp.AdaptiveGuidance()))
+    assert ": 20 forward passes" in str(planned())
+    with scheduler_of(tiny("sd1"), HeunDiscreteScheduler.from_config(tiny("sd1").scheduler.config)):
+        assert planned().forward_passes == 2 * 2 * 9
+        late = interp.RemoveText(start=0.8)
+        assert planned(late).forward_passes == traced(tiny("sd1"), late).nfe.values.sum() == 2 * (2 * 8 + 1)
+
+
+@pytest.mark.parametrize(
+    "change", [interp.GuidanceScale(3.0), interp.AdaptiveGuidance(threshold=-1), interp.CacheCrossAttention(start=0.2)]
+)
+def test_nothing_is_left_after_an_exception(change):
+    def fail(tensor, at):
+        if at.step == 2:
+            raise ValueError("of the user")
+
+    pipe = tiny("sd1")
+    before = traced(pipe, steps=2)
+    with untouched(pipe), pytest.raises(ValueError, match="of the user"):
+        traced(pipe, change, interp.Edit(fail, "unet.mid_block:out"))
+    assert equal(traced(pipe, steps=2), before)
+
+
 # T-GATE ---------------------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +366,83 @@ def test_cached_from_the_first_step_on_in_some_layers():
     assert equal(traced(pipe, interp.CacheCrossAttention(start=1.0)), traced(pipe))
 
 
+def test_two_caches_in_windows_of_their_own():
+    """Off, on, off, on: each window reuses the step before it, and in between the modules run."""
+    pipe, unit = tiny("sd1"), {"unit": "step"}
+    one, two = interp.CacheCrossAttention(start=1, stop=2, **unit), interp.CacheCrossAttention(start=3, stop=4, **unit)
+    run = traced(pipe, one, two, capture=interp.Capture(image=False))
+    maps = run.attention(run.grids[0]).isel(token=0)
+    assert np.isnan(maps.values).all(axis=tuple(i for i, d in enumerate(maps.dims) if d != "step")).tolist() == [
+        False, True, False, True, False,
+    ]  # fmt: skip
+    alone = traced(pipe, one)
+    assert np.array_equal(run.latents.values[:, :4], alone.latents.values[:, :4])  # x_3 is what step 2 made
+    assert not np.array_equal(run.latents.values[:, 4], alone.latents.values[:, 4])
+    with untouched(pipe), pytest.raises(interp.InterpError, match="did not run in step 1, so it gave nothing to reuse"):
+        traced(pipe, one, interp.CacheCrossAttention(start=2, stop=4, **unit))
+
+
+def test_where_text_enters_by_cross_attention_alone_either_branch_is_t_gate():
+    window = {"start": 0.4}
+    for name in ("sd1", "pixart_alpha"):
+        cached = interp.CacheCrossAttention(**window)
+        text, guidance = (
+            on(name, cached, kind(**window), steps=4) for kind in (interp.RemoveText, interp.RemoveGuidance)
+        )
+        assert equal(text, guidance)
+        assert text.nfe.sum("branch").values.tolist() == [6, 6]
+
+
+CROSS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        interp.AblateHeads("*attn2", start=0.8), interp.Ablate(CROSS, start=0.8), interp.Ablate(f"{CROSS}.to_v", start=0.8),
+        interp.ReplacePrompt("a dog", side="k"), interp.Edit(lambda x, at: x, f"{CROSS}:in", start=0.4, stop=0.8),
+    ],
+    ids=lambda c: c.name,
+)  # fmt: skip
+def test_nothing_is_changed_within_a_module_that_does_not_run(change):
+    pipe, cached = tiny("sd1"), interp.CacheCrossAttention(start=0.4)
+    for order in ([cached, change], [change, cached]):
+        with (
+            untouched(pipe),
+            pytest.raises(interp.InterpError, match=r"cannot be changed in steps? \d.*does not run there"),
+        ):
+            traced(pipe, *order)
+
+
+def test_changes_beside_the_cache_and_before_it_are_made():
+    pipe, cached = tiny("sd1"), interp.CacheCrossAttention(start=0.4)
+    alone = traced(pipe, cached)
+    for change in (
+        interp.AblateHeads("*attn1"),
+        interp.Ablate(CROSS, stop=0.4),
+        interp.ReplacePrompt("a dog", stop=0.4),
+    ):
+        assert not equal(traced(pipe, cached, change), alone)
+
+
+def test_cached_modules_are_known_to_other_registries():
+    """A registry of the user's own caches; what records around it keeps NaN, and what it did not cache."""
+    pipe, module = tiny("sd1"), CROSS
+    kept = {}
+
+    def give(call):
+        return torch.cat([kept[b] for b in call.held])
+
+    with interp.record(pipe, capture=interp.Capture(image=False)) as recording, interp.HookRegistry(pipe) as hooks:
+        hooks.read(f"{module}:out", lambda x, at: kept.__setitem__(at.branch, x.clone()), {0})
+        hooks.stand_in(module, give, {1})
+        pipe(A, num_inference_steps=2, guidance_scale=SCALE, output_type="latent")
+    maps = map(recording.run.attention, recording.run.grids)
+    frozen = [m.isel(layer=[str(s) == module for s in m.layer.values]) for m in maps]
+    (frozen,) = [m for m in frozen if m.sizes["layer"]]
+    assert np.isnan(frozen.isel(step=1)).all() and np.isfinite(frozen.isel(step=0, token=0)).all()
+
+
 def test_cross_attention_is_cached_in_pixart_and_sdxl_too():
     for name in ("pixart_alpha", "sdxl"):
         ran = on(name, interp.CacheCrossAttention(start=0.4), capture=interp.Capture(image=False))
@@ -338,6 +478,10 @@ def test_without_guidance_there_is_nothing_to_decide():
 def test_own_outputs_need_both_branches_before():
     changes = [interp.RemoveText(stop=1.0), interp.CacheCrossAttention(start=0.4, value="own")]
     assert traced(tiny("sd1"), *changes).nfe.sel(branch="cond").values.tolist() == [0, 0]
+    cosine = float(cosines(traced(tiny("sd1")))[:, 0].mean())  # one of two samples ends in the first step, for a while
+    changes = [interp.AdaptiveGuidance(threshold=cosine, stop=0.8), interp.CacheCrossAttention(start=0.4, value="own")]
+    with pytest.raises(interp.InterpError, match="was not evaluated for every sample in step 1"):
+        traced(tiny("sd1"), *changes)
     changes = [interp.RemoveText(stop=0.4), interp.CacheCrossAttention(start=0.4, value="own")]
     with untouched(tiny("sd1")), pytest.raises(interp.InterpError, match="say value='mean'"):
         traced(tiny("sd1"), *changes)
