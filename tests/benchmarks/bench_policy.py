@@ -9,6 +9,7 @@ nothing is recorded. Speed does not depend on the values of the weights.
 import argparse
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -22,6 +23,7 @@ from tests.benchmarks.bench_gpu import seconds, stable_diffusion
 
 late = {"start": 0.6}
 gate = {"start": 0.4}
+tenth: dict[str, Any] = {"start": 10, "unit": "step"}
 DDIM: dict[str, list[Intervention]] = {
     "no intervention": [],
     "text removed, last 20 of 50": [interp.RemoveText(**late)],
@@ -31,7 +33,12 @@ DDIM: dict[str, list[Intervention]] = {
 }
 FEW: dict[str, list[Intervention]] = {
     "no intervention": [],
-    "text removed, last 15 of 25": [interp.RemoveText(start=10, unit="step")],
+    "text removed, last 15 of 25": [interp.RemoveText(**tenth)],
+    "cross-attention cached, last 15 of 25": [interp.CacheCrossAttention(**tenth)],
+    "cached and guidance removed (T-GATE's 10 of 25)": [
+        interp.CacheCrossAttention(**tenth),
+        interp.RemoveGuidance(**tenth),
+    ],
 }
 
 
@@ -61,7 +68,7 @@ def measure(
     for name, values in times.items():
         median = statistics.median(values)
         print(
-            f"{batch:3} pictures, {steps} steps  {name:<43} {median:6.2f} s   passes saved {saved[name]:6.1%}   "
+            f"{batch:3} pictures, {steps} steps  {name:<47} {median:6.2f} s   passes saved {saved[name]:6.1%}   "
             f"seconds saved {1 - median / base:6.1%}",
             flush=True,
         )
@@ -73,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     pipe = stable_diffusion()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, fp16, 512×512")
-    measure(pipe, DDIM, 8, 50, options.repeat)
+    measure(pipe, DDIM, 1, 50, options.repeat)
     measure(pipe, DDIM, 16, 50, options.repeat)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     measure(pipe, FEW, 16, 25, options.repeat)
