@@ -46,7 +46,7 @@ if __name__ == "__main__":
         for start in ((0.2, 0.4, 0.5, 0.6, 0.8) if n > 8 else (0.5,))
     }
     run = interp.trace(
-        pipe, prompts(n // 2, 1, seed=3) + prompts(n - n // 2, 2, seed=3), steps=steps, batch_size=min(n, 64),
+        pipe, prompts(n // 2, 1, seed=3) + prompts(n - n // 2, 2, seed=3), steps=steps, batch_size=min(n, 256),
         conditions=settings, capture=interp.Capture(attention=None, latents=False, noise_pred=False),
         scores=["clip", "judge", "l1", "clip_image"],
     )  # fmt: skip
