@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from interp.capture import Capture
+from interp.errors import InterpError
 from interp.families import find_family
 from interp.hooks import HookRegistry
 from interp.interventions import Intervention, attach_all
@@ -85,6 +86,9 @@ def trace(
         negative_prompt=negative_prompt, capture=capture, interventions=interventions, conditions=conditions,
         batch_size=batch_size, options=options,
     )  # fmt: skip
+    scores = [scores] if isinstance(scores, str) else list(scores)
+    if scores:
+        check_scores(planned, scores)
     with create_run(store, planned.layout) as writer:
         _run_all(pipe, planned, writer, progress)
     run = writer.run
@@ -93,6 +97,17 @@ def trace(
 
         run = score(run, scores, progress=progress is True)
     return run
+
+
+def check_scores(planned: Plan, scores: Sequence[Any]) -> None:
+    """Raise InterpError for metrics that the run of this plan could not be given, before it is made."""
+    import pandas as pd
+
+    from interp.scoring import X0, check_metrics
+
+    if not planned.capture.image:
+        raise InterpError(f"scores={list(scores)}: metrics look at pictures, and Capture(image=False) keeps none")
+    check_metrics(pd.DataFrame(planned.layout.samples), [m for m in scores if m != X0])
 
 
 def _run_all(pipe: Any, planned: Plan, writer: RunWriter, progress: bool | Callable[[BatchDone], None]) -> None:

@@ -20,7 +20,7 @@ from interp.jobs.work import Work
 from interp.loading import load
 from interp.planning import Plan, plan
 from interp.stores import RunWriter, create_run
-from interp.tracing import run_batch
+from interp.tracing import check_scores, run_batch
 
 
 class TraceWork(Work):
@@ -62,6 +62,8 @@ class TraceWork(Work):
         )
 
     def describe(self) -> str:  # noqa: D102
+        if self.job.scores:
+            check_scores(self.asked, self.job.scores)
         lines = [str(self.asked), f"store: {self.store}"]
         if _free(self.store):
             return "\n".join([*lines, _room(self.store, self.asked.bytes)])

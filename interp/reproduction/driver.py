@@ -16,7 +16,7 @@ from interp.reproduction.experiment import Experiment
 from interp.reproduction.measures import Answer, Estimate, minus
 from interp.reproduction.page import write_page
 from interp.reproduction.prompt_sets import choose_pairs
-from interp.reproduction.runs import cost, make, recipes
+from interp.reproduction.runs import check_metrics, cost, make, recipes
 from interp.reproduction.settings import Settings
 from interp.reproduction.trimmed import trim
 from interp.stores import Run, open_run
@@ -49,6 +49,8 @@ def reproduce(
     experiments = chosen(only)
     wanted = wanted_runs(experiments, settings)
     made = recipes(settings, wanted)
+    if not all((folder / f"{recipe.name}.zarr").exists() for recipe in made):
+        check_metrics(made, settings)
     settings.keep(folder)
     if progress:
         print(f"{len(made)} runs in {folder}:\n{cost(made)}", file=sys.stderr)

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xarray as xr
+
 from interp.errors import InterpError
 from interp.jobs import Job, run_job
 from interp.jobs.spec import parse_job
 from interp.reproduction.prompt_sets import choose_pairs, coco_captions
 from interp.reproduction.settings import Settings
-from interp.scoring import score
+from interp.scoring import find_metric, score
 from interp.stores import Run, open_run
 
 Spec = dict[str, Any]
@@ -132,9 +134,19 @@ def make(recipe: Recipe, settings: Settings, folder: Path, *, progress: bool = T
     run = open_run(report.path)
     metrics = metrics_of(recipe, settings)
     if metrics:  # only what has no score yet is scored
-        options: Any = {} if settings.clip_model is None else {"clip_model": settings.clip_model}
-        run = score(run, metrics, progress=progress, **options)
+        run = score(run, metrics, progress=progress, **_options(settings))
     return run
+
+
+def check_metrics(made: Iterable[Recipe], settings: Settings) -> None:
+    """Load the models that will score the runs, before hours go into making them; InterpError if one cannot be had."""
+    about = Run(xr.DataTree(xr.Dataset(attrs={"pipeline": {"id": settings.model}})))
+    for name in dict.fromkeys(m for recipe in made for m in metrics_of(recipe, settings)):
+        find_metric(name, _options(settings)).made(about)
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    return {} if settings.clip_model is None else {"clip_model": settings.clip_model}
 
 
 def metrics_of(recipe: Recipe, settings: Settings) -> list[str]:

@@ -63,12 +63,12 @@ class Settings:
         return min(self.lengths(), key=lambda n: abs(n - share * self.steps))
 
     def keep(self, folder: Path) -> None:
-        """Write the settings into the folder, or check that they are those that are there.
+        """Write the settings into the folder, or, once it has a run, check that they are those that are there.
 
         Raises InterpError when the folder holds something else, or a reproduction of other settings.
         """
         path, mine = folder / FILE, self._asked()
-        if path.is_file():
+        if path.is_file() and any(folder.glob("*.zarr")):
             there = json.loads(path.read_text(encoding="utf-8"))
             for name in mine:
                 if there.get(name) != mine[name]:
@@ -77,7 +77,7 @@ class Settings:
                         "asked for; give another folder by --out, or the same settings"
                     )
             return
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        if folder.is_file() or (folder.is_dir() and any(p.name != FILE for p in folder.iterdir())):
             raise InterpError(f"{str(folder)!r} holds something else; give a new or empty folder by --out")
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")

@@ -203,12 +203,21 @@ def matched(named: Scene, seen: Scene) -> dict[tuple[int | None, str], bool]:
     >>> matched(parse("a small red circle"), Scene((red,), "navy"))
     {(0, 'size'): False, (0, 'color'): True, (0, 'shape'): True}
     """
+    return _compare(named, paired(named, seen))
+
+
+def paired(named: Scene, seen: Scene) -> Scene:
+    """Return what is seen with its objects in the order of those of `named`, so that most attributes agree.
+
+    >>> both = Scene((Thing("ring"), Thing("star")), relation="above")
+    >>> paired(parse("a star and a ring"), both).relation
+    'below'
+    """
     missing = len(named.objects) - len(seen.objects)
     if missing > 0:
         seen = Scene((*seen.objects, *[Thing()] * missing), seen.background, seen.relation)
     orders: Iterable[tuple[int, ...]] = permutations(range(len(seen.objects)))
-    answers = [_compare(named, seen.seen_from(order)) for order in orders] or [_compare(named, seen)]
-    return max(answers, key=lambda answer: sum(answer.values()))
+    return max((seen.seen_from(order) for order in orders), key=lambda s: sum(_compare(named, s).values()))
 
 
 def _compare(named: Scene, seen: Scene) -> dict[tuple[int | None, str], bool]:

@@ -16,7 +16,7 @@ class Sizes:
     """How large each part is. `text_layers` is the recipe's main choice (docs/scenes.md)."""
 
     pixels: int = 128
-    text_layers: int = 8
+    text_layers: int = 4
     text_width: int = 128
     pooling: str = "eos"  # what CLIP compares with pictures: the state of the first EOS, or the mean of the "words"
     vision_layers: int = 5

@@ -2,6 +2,7 @@
 
 Everything is measured on seeds that training never used, with a sampling loop written out (`sampling.py`): no
 part of interp's tracing takes part. CLIP pools its text at EOS, so what is said about EOS is said by the judge.
+What it wrote for the weights that ship is `weights/quality.json`, and `card.py` puts its tables into the model card.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from interp.scenes import DEFAULT_GUIDANCE, folder
 from interp.scenes.captions import pairs, prompts
-from interp.scenes.grammar import BACKGROUNDS, COLORS, Scene, agreement_of, matched, parse
+from interp.scenes.grammar import BACKGROUNDS, COLORS, INVERSE, Scene, agreement_of, matched, paired, parse
 from interp.scenes.sampling import Generator
 from interp.scenes.scoring import Scorer, to_tensor
 from interp.scenes.world import BACKGROUND_INK, COLOR_INK, draw
@@ -56,26 +58,36 @@ class Bench:
         return {name: float(np.mean(rights)) for name, rights in answers.items()}
 
     @torch.no_grad()
+    def autoencoded(self, images: Tensor) -> Tensor:
+        """Return the pictures after the autoencoder, (n, rgb, y, x) on the CPU."""
+        vae = self.model.vae
+        parts = [part.to(self.device) for part in images.split(64)]
+        return torch.cat([vae.decode(vae.encode(p).latent_dist.mean).sample.clamp(-1, 1).cpu() for p in parts])
+
     def renders(self) -> Table:
-        """Measure the autoencoder, CLIP and the judge on held-out renders."""
+        """Measure the autoencoder, and CLIP's retrieval of a true caption among 1,024, on held-out renders."""
         drawn = draw(1024, seed=1, full=True)
         images = to_tensor(drawn.images)
-        seen = []
-        for part in images[:256].to(self.device).split(64):
-            seen.append(self.model.vae.decode(self.model.vae.encode(part).latent_dist.mean).sample.clamp(-1, 1))
-        again = torch.cat(seen).cpu()
+        again = self.autoencoded(images[:256])
         decibel = 10 * torch.log10(4 / (again - images[:256]).square().mean((1, 2, 3)))
         vectors = self.scorer.picture_vectors(images)
-        found: Table = {"autoencoder": {"PSNR (dB)": float(decibel.mean())}, "CLIP, 1024-way caption retrieval": {}}
+        found: Table = {"autoencoder, PSNR in dB": {"value": float(decibel.mean())}}
         loose = draw(1024, seed=1)  # the same pictures under captions that leave attributes out
         for name, captions in (("full captions", drawn.captions), ("captions as in training", loose.captions)):
             best = (vectors @ self.scorer.text_vectors(captions).T).argmax(-1).tolist()
             told = [parse(captions[j]) for j in best]
             right = [agreement_of(t, s) == 1 for t, s in zip(told, drawn.scenes, strict=True)]
-            found["CLIP, 1024-way caption retrieval"][name] = float(np.mean(right))
-        found["judge on renders"] = self.by_attribute(images, drawn.captions)
-        found["judge on autoencoded renders"] = self.by_attribute(again, drawn.captions[:256])
+            found[f"CLIP, 1024-way retrieval, {name}"] = {"value": float(np.mean(right))}
         return found
+
+    def judged(self) -> Table:
+        """Measure the judge on held-out renders, as they are and autoencoded."""
+        drawn = draw(1024, seed=1, full=True)
+        images = to_tensor(drawn.images)
+        return {
+            "1,024 renders": self.by_attribute(images, drawn.captions),
+            "256 of them, autoencoded": self.by_attribute(self.autoencoded(images[:256]), drawn.captions[:256]),
+        }
 
     def generated(self) -> Table:
         """Measure pictures of one and of two objects against their prompts."""
@@ -89,6 +101,32 @@ class Bench:
                 "stains (share of pixels)": stains(images, self.scenes(images, asked)),
             }
         return found
+
+    def places(self) -> Table:
+        """Take the relation apart: is the axis right, and who stands first, however the attributes fell?"""
+        asked = prompts(self.n, 2, seed=1)
+        seen = self.scorer.judge(self.generate(self.model.read(asked)))
+        axes, orders = [], []
+        for named, verdict in zip(map(parse, asked), seen, strict=True):
+            relation = paired(replace(named, relation=None), verdict).relation
+            axes.append(relation in (named.relation, INVERSE[str(named.relation)]))
+            if axes[-1]:
+                orders.append(relation == named.relation)
+        return {
+            "axis right": {"share": float(np.mean(axes)), "of pictures": len(axes)},
+            "order right where the axis is": {"share": float(np.mean(orders)), "of pictures": len(orders)},
+        }
+
+    def backgrounds(self) -> Table:
+        """Say for each background how often it comes out as asked, from the first timestep that ships and from the last."""
+        asked = [p for p in prompts(2 * self.n, 1, seed=1) if parse(p).background is not None]
+        names = np.array([parse(p).background for p in asked])
+        found: Table = {}
+        for spacing in ("leading", "trailing"):
+            seen = self.scorer.judge(self.generate(self.model.read(asked), spacing=spacing))
+            right = np.array([v.background for v in seen]) == names
+            found[f"{spacing} timesteps"] = {b: float(right[names == b].mean()) for b in BACKGROUNDS if b in names}
+        return {**found, "pictures": {b: int((names == b).sum()) for b in BACKGROUNDS}}
 
     def scenes(self, images: Tensor, asked: Sequence[str]) -> list[Scene]:
         """Return what is asked, with the judge's background where none is asked."""
@@ -182,24 +220,35 @@ def stains(images: Tensor, scenes: Sequence[Scene]) -> float:
     return float(np.mean(shares))
 
 
-def markdown(tables: dict[str, Table]) -> str:
-    """Return the tables as Markdown, one row per case."""
-    lines = []
-    for title, table in tables.items():
-        lines += ["", f"#### {title}", ""]
-        columns = list(dict.fromkeys(name for row in table.values() for name in row))
-        if len({tuple(row) for row in table.values()}) == 1:
-            lines += ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-            lines += [f"| {c} | " + " | ".join(f"{v:.3f}" for v in r.values()) + " |" for c, r in table.items()]
-        else:
-            lines += ["| | figure | value |", "|---|---|---:|"]
-            lines += [f"| {c} | {name} | {v:.3f} |" for c, row in table.items() for name, v in row.items()]
+def markdown(table: Table) -> str:
+    """Return the table as Markdown, its longer side down; a figure that a case does not have is a dash.
+
+    >>> print(markdown({"a": {"x": 1.0, "y": 2, "z": 0.5}, "b": {"x": 0.25}}), end="")
+    | | a | b |
+    |---|---:|---:|
+    | x | 1.000 | 0.250 |
+    | y | 2 | – |
+    | z | 0.500 | – |
+    """
+    cases, figures = list(table), list(dict.fromkeys(name for row in table.values() for name in row))
+    down, across = (figures, cases) if len(figures) > len(cases) else (cases, figures)
+    lines = ["| | " + " | ".join(across) + " |", "|---|" + "---:|" * len(across)]
+    for name in down:
+        cells = [table[c].get(f) for c, f in ((other, name) if down is figures else (name, other) for other in across)]
+        lines.append(f"| {name} | " + " | ".join(_cell(value) for value in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
+def _cell(value: float | None) -> str:
+    return "–" if value is None or value != value else str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
 MEASURES = {
-    "renders": "Autoencoder, CLIP and judge on held-out renders",
+    "renders": "Autoencoder and CLIP on held-out renders",
+    "judged": "The judge on held-out renders",
     "generated": "Generated pictures, by the judge",
+    "places": "Two objects: axis and order",
+    "backgrounds": "Backgrounds as asked",
     "settings": "Steps and guidance",
     "removal": "Text removed in a part of the steps",
     "parts": "Words or EOS alone",
@@ -218,14 +267,18 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=DEFAULT_GUIDANCE)
     asked = parser.parse_args(given)
+    unknown = [name for name in asked.measures if name not in MEASURES]
+    if unknown:
+        parser.error(f"no measure {unknown[0]!r}; there are {', '.join(MEASURES)}")
     bench = Bench(asked.folder, asked.device, asked.n, asked.steps, asked.guidance)
-    about = {"n": asked.n, "steps": asked.steps, "guidance": asked.guidance, "device": asked.device}
+    device = torch.cuda.get_device_name() if asked.device.startswith("cuda") else asked.device
+    about = {"n": asked.n, "steps": asked.steps, "guidance": asked.guidance, "device": device}
     tables: dict[str, Table] = {}
     for name in asked.measures or MEASURES:
         started = time.monotonic()
         tables[MEASURES[name]] = getattr(bench, name)()
         sys.stderr.write(f"{name}: {time.monotonic() - started:.0f} s\n")
-        sys.stdout.write(markdown({MEASURES[name]: tables[MEASURES[name]]}))
+        sys.stdout.write(f"\n#### {MEASURES[name]}\n\n{markdown(tables[MEASURES[name]])}")
         sys.stdout.flush()
         if asked.out:  # after each measure: a run that is cut off has said what it knew
             asked.out.parent.mkdir(parents=True, exist_ok=True)

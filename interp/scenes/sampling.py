@@ -68,12 +68,20 @@ class Generator:
 
     @torch.no_grad()
     def __call__(
-        self, text: Text, steps: int, guidance: float, seed: int = 0, uses: Uses = lambda part: True, batch: int = 128
+        self,
+        text: Text,
+        steps: int,
+        guidance: float,
+        seed: int = 0,
+        uses: Uses = lambda part: True,
+        batch: int = 128,
+        spacing: str = "leading",
     ) -> Tensor:
         """Return pictures (n, rgb, y, x) in [−1, 1] on the CPU, one per prompt.
 
         Picture i starts from the noise of seed + i, so conditions can be compared picture by picture. `uses` gets
-        the share of the steps that are done and says whether the step is guided by the text or ε(∅) alone.
+        the share of the steps that are done and says whether the step is guided by the text or ε(∅) alone. `spacing`
+        is that of diffusers: "leading", as shipped, or "trailing", which begins with the noisiest timestep of all.
         """
         parts = []
         for start in range(0, len(text.eos), batch):
@@ -84,15 +92,16 @@ class Generator:
                 for i in range(len(embedding))
             ]
             with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-                latents = self._denoise(torch.stack(noise).to(self.device), embedding, steps, guidance, uses)
+                latents = self._denoise(torch.stack(noise).to(self.device), embedding, steps, guidance, uses, spacing)
                 images = self.vae.decode(latents / self.vae.config.scaling_factor).sample
             parts.append(images.float().clamp(-1, 1).cpu())
         return torch.cat(parts)
 
-    def _denoise(self, x: Tensor, embedding: Tensor, steps: int, guidance: float, uses: Uses) -> Tensor:
+    def _denoise(self, x: Tensor, embedding: Tensor, steps: int, guidance: float, uses: Uses, spacing: str) -> Tensor:
         empty = self.read([""]).embedding.expand(len(x), -1, -1)
         stride = len(self.alphas) // steps
-        for i, time in enumerate(range((steps - 1) * stride + 1, 0, -stride)):
+        first = len(self.alphas) - 1 if spacing == "trailing" else (steps - 1) * stride + 1
+        for i, time in enumerate(range(first, first - steps * stride, -stride)):
             at = torch.tensor(time, device=self.device)
             if uses(i / steps):
                 both = self.unet(torch.cat([x, x]), at, torch.cat([empty, embedding])).sample.float()

@@ -15,12 +15,13 @@ from interp.scenes.parts import FULL, SMOKE
 from interp.scenes.train_loop import Plan
 from interp.scenes.train_phases import PHASES
 
-# The recipe: steps, batch, learning rate, weight decay, cooldown, and how slowly averaged weights follow.
+# The recipe of the weights that ship: steps, batch, learning rate, weight decay, cooldown, and how slowly averaged
+# weights follow.
 RECIPE = {
-    "vae": {"steps": 3500, "batch": 128, "rate": 1e-3, "decay": 0.0, "cooldown": 0.5, "average": 0.998},
-    "clip": {"steps": 4000, "batch": 1024, "rate": 8e-4, "decay": 0.02, "cooldown": 0.6, "average": 0.998},
-    "judge": {"steps": 4000, "batch": 384, "rate": 1.5e-3, "decay": 0.02, "cooldown": 0.5, "average": 0.998},
-    "unet": {"steps": 9000, "batch": 256, "rate": 1e-3, "decay": 0.01, "cooldown": 0.4, "average": 0.9985},
+    "vae": {"steps": 1042, "batch": 128, "rate": 1e-3, "decay": 0.0, "cooldown": 0.5, "average": 0.998},
+    "clip": {"steps": 2811, "batch": 1024, "rate": 8e-4, "decay": 0.02, "cooldown": 0.6, "average": 0.998},
+    "judge": {"steps": 2788, "batch": 384, "rate": 1.5e-3, "decay": 0.02, "cooldown": 0.5, "average": 0.998},
+    "unet": {"steps": 13922, "batch": 256, "rate": 1e-3, "decay": 0.01, "cooldown": 0.4, "average": 0.9985},
 }
 
 

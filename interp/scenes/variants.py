@@ -39,6 +39,7 @@ class Variant:
 
     text: str
     layers: int = 4
+    width: int = 128
     pooling: str = "eos"
     plain: float = 0.5
     negatives: bool = True
@@ -50,6 +51,8 @@ VARIANTS = {
     "plain": Variant("captions of a single order, short", plain=1.0),
     "prototype": Variant("captions of a single order, short, and no hard negatives", plain=1.0, negatives=False),
     "shallow": Variant("text encoder of 2 layers instead of 4", layers=2),
+    "narrow": Variant("text encoder of width 64 instead of 128", width=64),
+    "wide": Variant("text encoder of width 256 instead of 128", width=256),
 }
 
 
@@ -117,7 +120,8 @@ def one(name: str, asked: Any) -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     chosen, out = VARIANTS[name], asked.out / name
-    sizes = replace(SMOKE if asked.smoke else FULL, text_layers=chosen.layers, pooling=chosen.pooling)
+    width = {} if asked.smoke else {"text_width": chosen.width}
+    sizes = replace(SMOKE if asked.smoke else FULL, text_layers=chosen.layers, pooling=chosen.pooling, **width)
     about: dict[str, Any] = {"text": chosen.text}
     for phase in SHARE:
         recipe = {**RECIPE[phase], **({"steps": 2, "batch": 8} if asked.smoke else {})}

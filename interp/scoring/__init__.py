@@ -1,10 +1,11 @@
 """Scores: what needs a model to be computed is written into the run as data, so that probes only read."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from tqdm.auto import tqdm
 
 from interp.errors import InterpError
@@ -13,7 +14,7 @@ from interp.scoring.means import mean_scores
 from interp.scoring.metric import Metric, check_options, find_metric, list_metrics, values_of
 from interp.stores import Run, open_run
 
-__all__ = ["find_metric", "list_metrics", "mean_scores", "score"]
+__all__ = ["check_metrics", "find_metric", "list_metrics", "mean_scores", "score"]
 
 X0 = "x0"
 BATCH = 32
@@ -79,12 +80,22 @@ def score(
     if not (run.samples["status"].to_numpy() == 1).any():
         raise InterpError("the run has no finished sample to score")
     _ = run.images  # says how to get pictures if there are none, before a model is loaded
-    found = [(find_metric(name, options), against) for name, against in map(_parted, asked)]
-    check_options([metric for metric, _ in found], options)
-    wanted = [(metric, one) for metric, against in found for one in againsts(run, metric, against)]
+    wanted = check_metrics(run.samples, asked, options)
     for metric, one in wanted:
         (_by_condition if metric.whole else _by_sample)(run, metric, one, batch_size, again, progress)
     return run.reopened() if wanted else run
+
+
+def check_metrics(
+    samples: pd.DataFrame, metrics: Sequence[Any], options: Mapping[str, Any] | None = None
+) -> list[tuple[Metric, str]]:
+    """Return each metric with what it is measured against; `samples` is the table of a run, or of one that is planned.
+
+    Raises InterpError for a metric, column, condition or option that does not exist.
+    """
+    found = [(find_metric(name, options), against) for name, against in map(_parted, metrics)]
+    check_options([metric for metric, _ in found], options or {})
+    return [(metric, one) for metric, against in found for one in againsts(samples, metric, against)]
 
 
 def _asked(run: Run, metrics: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from interp.errors import InterpError, nearest, sentence_list
 from interp.scoring.metric import Metric
@@ -13,8 +14,10 @@ Pairs = tuple[np.ndarray, list[Any] | None]
 """Positions of samples, and what each is compared with: its text, or the position of its reference."""
 
 
-def againsts(run: Run, metric: Metric, wanted: str) -> list[str]:
+def againsts(samples: pd.DataFrame, metric: Metric, wanted: str) -> list[str]:
     """Return the columns or the condition that a metric is to be measured against; `wanted` is "" for the default.
+
+    `samples` is a run's table, or that of a plan.
 
     Raises InterpError for a column or a condition that is not there.
     """
@@ -23,14 +26,14 @@ def againsts(run: Run, metric: Metric, wanted: str) -> list[str]:
             raise InterpError(f"metric {metric.name!r} looks at pictures alone: ask for it without {':' + wanted!r}")
         return [""]
     if metric.wants == "references":
-        condition = wanted or BASELINE
-        if condition not in run.conditions:
+        condition, conditions = wanted or BASELINE, [str(c) for c in dict.fromkeys(samples["condition"])]
+        if condition not in conditions:
             raise InterpError(
                 f"metric {metric.name!r} compares with the pictures of the condition {condition!r}, where this run has "
-                f"{sentence_list(run.conditions)}: write {metric.name}:CONDITION{nearest(condition, run.conditions)}"
+                f"{sentence_list(conditions)}: write {metric.name}:CONDITION{nearest(condition, conditions)}"
             )
         return [condition]
-    columns = [c for c in run.samples.columns if run.samples[c].map(lambda v: isinstance(v, str)).all()]
+    columns = [c for c in samples.columns if samples[c].map(lambda v: isinstance(v, str)).all()]
     if wanted and wanted not in columns:
         raise InterpError(
             f"'{metric.name}:{wanted}' scores against the column {wanted!r}, which the prompt table lacks"

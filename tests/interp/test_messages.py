@@ -177,6 +177,14 @@ def test_the_same_words_from_plan():
         assert planned == said(lambda more=more: trace(**more))
 
 
+def test_scores_are_checked_before_anything_runs():
+    expect(said(lambda: trace(scores=["clp"])), "no metric named 'clp'", "did you mean 'clip'")
+    expect(said(lambda: trace(scores="clp")), "'clp'")
+    expect(said(lambda: trace(scores=["clip:target"])), "column 'target'", "'prompt'")
+    expect(said(lambda: trace(scores=["l1"], conditions={"late": []})), "condition 'baseline'", "'late'")
+    expect(said(lambda: trace(scores=["clip"], capture=interp.Capture(image=False))), "pictures", "image=False")
+
+
 def test_recording():
     pipe = tiny("sd1")
     with interp.record(pipe) as recording:

@@ -155,6 +155,13 @@ def test_what_cannot_be_mixed_is_refused(folder: Path, tmp_path: Path) -> None:
         reproduce(tmp_path, Settings(**TINY), progress=False)
     done = interp("reproduce", "--only", "E4,E88", "--out", str(tmp_path / "new"))
     assert done.returncode == 2 and "no experiment 'E88'" in done.stderr and not (tmp_path / "new").exists()
+    out = tmp_path / "again"
+    done = interp("reproduce", "--model", "scens", "--only", "E7", "--out", str(out))
+    assert done.returncode == 2 and "did you mean 'scenes'" in done.stderr
+    Settings(**TINY).keep(out)  # nothing was made there under the wrong name: the right one may follow
+    done = interp("reproduce", "--model", "scens", "--clip-model", "no/where", "--out", str(tmp_path / "new"))
+    assert done.returncode == 2 and "cannot load the CLIP model 'no/where'" in done.stderr
+    assert not (tmp_path / "new").exists()
     done = interp("reproduce", "--pairs", "1", "--out", str(tmp_path / "new"))
     assert done.returncode == 2 and "pairs=1" in done.stderr
 

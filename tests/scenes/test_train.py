@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from interp.scenes import train
+from interp.scenes import folder, train
+from interp.scenes.parts import FULL
 from interp.scenes.train_loop import Plan, rate
 
 
@@ -37,6 +38,15 @@ def test_smoke_resumes(tmp_path):
     shared = pipe.text_encoder.state_dict()
     for name, value in clip.text_model.state_dict().items():
         assert torch.equal(value, shared[name if name in shared else f"text_model.{name}"])
+
+
+def test_the_recipe_is_that_of_the_card():
+    card = (folder() / "README.md").read_text()
+    for phase, recipe in train.RECIPE.items():
+        rows = [line for line in card.splitlines() if line.startswith((f"| `{phase}`", f"| `{phase} "))]
+        assert f"| {recipe['steps']:,} × {recipe['batch']:,} |" in rows[0]
+    layers = json.loads((folder() / "text_encoder" / "config.json").read_text())["num_hidden_layers"]
+    assert FULL.text_layers == layers
 
 
 def test_an_unknown_phase_is_refused():

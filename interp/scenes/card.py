@@ -1,0 +1,37 @@
+"""Put the measured tables into the model card: `python -m interp.scenes.card`, after `quality --out quality.json`."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from interp.scenes import folder
+from interp.scenes.quality import markdown
+
+MARK = re.compile(r"<!-- measured: (.+?) -->\n.*?<!-- end -->\n", re.S)
+
+
+def with_tables(card: str, measured: dict[str, Any]) -> str:
+    """Return the card with the tables of `measured` (what `quality` wrote) between its marks.
+
+    >>> print(with_tables("<!-- measured: A -->\\nold\\n<!-- end -->\\n", {"A": {"x": {"value": 0.5}}}), end="")
+    <!-- measured: A -->
+    | | value |
+    |---|---:|
+    | x | 0.500 |
+    <!-- end -->
+    """
+    return MARK.sub(lambda m: f"<!-- measured: {m[1]} -->\n{markdown(measured[m[1]])}<!-- end -->\n", card)
+
+
+def main() -> None:
+    """Rewrite the card beside the weights, and its copy under docs/ where there is one."""
+    path = folder() / "README.md"
+    card = with_tables(path.read_text(encoding="utf-8"), json.loads((folder() / "quality.json").read_text()))
+    copy = Path(__file__).parents[2] / "docs" / "scenes.md"
+    for target in (path, *([copy] if copy.exists() else [])):
+        target.write_text(card, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
