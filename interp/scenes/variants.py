@@ -120,8 +120,8 @@ def one(name: str, asked: Any) -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     chosen, out = VARIANTS[name], asked.out / name
-    width = {} if asked.smoke else {"text_width": chosen.width}
-    sizes = replace(SMOKE if asked.smoke else FULL, text_layers=chosen.layers, pooling=chosen.pooling, **width)
+    size = SMOKE if asked.smoke else replace(FULL, text_width=chosen.width)
+    sizes = replace(size, text_layers=chosen.layers, pooling=chosen.pooling)
     about: dict[str, Any] = {"text": chosen.text}
     for phase in SHARE:
         recipe = {**RECIPE[phase], **({"steps": 2, "batch": 8} if asked.smoke else {})}
