@@ -177,6 +177,7 @@ def probe(
 ) -> None:
     """Ask a question of a run; prints the labelled answer. A plain file is executed: run only what you trust."""
     from interp.probes import plot
+    from interp.probes.progress import watched
     from interp.stores import open_run
 
     for path in out or []:
@@ -185,7 +186,8 @@ def probe(
         if path.suffix == ".zarr" and path.exists():
             raise InterpError(f"{str(path)!r} exists already; choose another path")
     opened = open_run(run)
-    result = opened.probe(name, **read_assignments(param or []))
+    with watched():
+        result = opened.probe(name, **read_assignments(param or []))
     print(result)
     for path in out or []:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from interp.probes.attribution_plot import draw_maps, draw_mass
 from interp.probes.base import probe
 from interp.probes.labels import check_option, sample_labels
 from interp.probes.maps import ROLES, Grid, layer_labels, on_all_steps, open_grids, reduce_sample, resize, role_mass
+from interp.probes.progress import counted
 from interp.probes.rivals import log_odds, logarithm
 from interp.probes.words import Words, chosen_words
 from interp.stores.errors import InterpError
@@ -87,7 +88,7 @@ def token_attribution(
     token_map = np.full((samples, tokens, height, width), np.nan)
     word_map = np.full((samples, vocabulary.text.shape[1], height, width), np.nan)
     masses: list[list[np.ndarray]] = [[] for _ in grids]
-    for i in range(samples):
+    for i in counted(range(samples)):
         total, layers_seen = np.zeros((tokens, height, width)), 0
         for g, one in enumerate(grids):
             maps, mass = reduce_sample(one, i, logarithm) if logs else reduce_sample(one, i)
@@ -153,7 +154,7 @@ def attention_mass(
     True
     """
     grids = open_grids(run, steps=steps, layers=layers)
-    masses = [[reduce_sample(g, i)[1] for i in range(g.table.sizes["sample"])] for g in grids]
+    masses = [[reduce_sample(g, i)[1] for i in counted(range(g.table.sizes["sample"]))] for g in grids]
     return xr.Dataset(_mass_variables(grids, masses), {**sample_labels(run), **_mass_coords(grids)})
 
 

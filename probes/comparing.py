@@ -12,6 +12,7 @@ from interp.probes.bootstrap import mean_interval
 from interp.probes.conditions import Pairs, describe, pair_up, specs_of
 from interp.probes.labels import plain_text
 from interp.probes.needs import held
+from interp.probes.progress import counted
 from interp.stores.errors import InterpError, nearest
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def distances(
     `read(i)` gives what sample i has; only one pair is held at a time.
     """
     result = np.full(pairs.positions.shape, np.nan)
-    for p, row in enumerate(pairs.positions.T):
+    for p, row in enumerate(counted(pairs.positions.T)):
         if row[to] < 0:
             continue
         wanted = read(int(row[to]))

@@ -14,6 +14,7 @@ from interp.probes.base import probe
 from interp.probes.bootstrap import mean_interval, units_of
 from interp.probes.labels import sample_labels
 from interp.probes.maps import Grid, layer_labels, maps_by_step, open_grids, resize
+from interp.probes.progress import counted
 from interp.probes.words import Words, chosen_words
 from interp.stores.errors import InterpError
 
@@ -99,7 +100,7 @@ def attention_convergence(
     image = run.tree["images"].to_dataset()["image"]
     done = run.samples["status"].to_numpy() == 1 if "status" in run.samples else np.ones(len(run), dtype=bool)
     f1 = np.full((len(run), grids[0].probs.sizes["step"], vocabulary.text.shape[1]), np.nan)
-    for i in np.flatnonzero(done):
+    for i in counted(np.flatnonzero(done)):
         wanted = canny(shrunk(image.isel(sample=int(i)).values @ LUMINANCE, size))
         for s, maps in enumerate(_word_maps(grids, vocabulary, int(i), size)):
             for w in np.flatnonzero(np.isfinite(maps).all((1, 2))):

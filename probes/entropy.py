@@ -13,6 +13,7 @@ from interp.probes.base import probe
 from interp.probes.bootstrap import units_of
 from interp.probes.labels import sample_labels
 from interp.probes.maps import ROLES, Grid, layer_labels, maps_by_step, on_all_steps, open_grids
+from interp.probes.progress import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +85,7 @@ def attention_entropy(
     entropy: list[np.ndarray] = []
     spread: list[np.ndarray] = []
     for grid in grids:
-        both = [_of_sample(grid, i) for i in range(grid.table.sizes["sample"])]
+        both = [_of_sample(grid, i) for i in counted(range(grid.table.sizes["sample"]))]
         where = [heads.index(str(h)) for h in grid.probs["head"].values]
         for found, k in ((entropy, 0), (spread, 1)):
             values = np.stack([one[k] for one in both])

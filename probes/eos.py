@@ -18,6 +18,7 @@ from interp.probes.eos_plot import draw
 from interp.probes.eos_sweep import swept
 from interp.probes.labels import check_option, plain_text
 from interp.probes.needs import held
+from interp.probes.progress import counted
 from interp.stores.errors import InterpError, nearest
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def _latent_distance(run: Run, pairing: Pairing) -> np.ndarray:
     """(pair, step, reference), reading one pair of trajectories at a time."""
     latents = run.tree["trajectory"].to_dataset()["latents"]
     result = np.full((len(pairing.swap), latents.sizes["step"], 2), np.nan)
-    for p, i in enumerate(pairing.swap):
+    for p, i in enumerate(counted(pairing.swap)):
         mine = latents.isel(sample=int(i)).values.astype(np.float64)
         for r, j in enumerate((pairing.source[p], pairing.target[p])):
             if j >= 0:

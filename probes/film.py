@@ -13,6 +13,7 @@ from interp.probes.bootstrap import units_of
 from interp.probes.comparing import pixel_distance
 from interp.probes.labels import sample_labels, step_labels
 from interp.probes.needs import held
+from interp.probes.progress import counted
 from interp.stores.errors import InterpError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def x0_film(run: Run, *, samples: Sequence[int] = (0, 1), frames: int = 8) -> xr
     fits = images is not None and images.shape[1:] == film.shape[2:]
     numbers = np.full((2, len(run), number), np.nan)
     strips: dict[int, np.ndarray] = {}
-    for i in map(int, np.flatnonzero(done | np.isin(np.arange(len(run)), chosen))):
+    for i in counted([*map(int, np.flatnonzero(done | np.isin(np.arange(len(run)), chosen)))]):
         shots = film.isel(sample=i).values
         if i in chosen:
             strips[i] = shots[at]

@@ -13,6 +13,7 @@ from interp.probes.base import probe
 from interp.probes.bootstrap import units_of
 from interp.probes.labels import sample_labels, trajectory_of
 from interp.probes.needs import require
+from interp.probes.progress import counted
 from interp.stores.errors import InterpError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def frequency_energy(
     if data == "predicted":
         require(run, {"trajectory": ["noise_pred", "guidance_scale"]}, asker="frequency_energy(data='predicted')")
     numbers = {name: np.full((n, steps, 2), np.nan) for name in (*NORMS, TWIN, *RATIOS)}
-    for i in range(n):
+    for i in counted(range(n)):
         one = trajectory.isel(sample=i)
         x = spectrum(one["latents"].values)
         x0 = spectrum(one["final_latents"].values)

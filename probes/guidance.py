@@ -11,6 +11,7 @@ import xarray as xr
 from interp.probes.base import probe
 from interp.probes.bootstrap import units_of
 from interp.probes.labels import sample_labels, step_labels, trajectory_of
+from interp.probes.progress import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,7 +75,7 @@ def guidance_norm(run: Run) -> xr.Dataset:
     shape = trajectory.sizes["sample"], trajectory.sizes["step"]
     numbers = {name: np.full(shape, np.nan) for name in NAMES}
     branches = [str(b) for b in trajectory["branch"].values]
-    for i in range(shape[0]):
+    for i in counted(range(shape[0])):
         values = noise.isel(sample=i).values.astype(np.float64).reshape(shape[1], len(branches), -1)
         cond, uncond = (values[:, branches.index(name)] for name in ("cond", "uncond"))
         w = np.abs(scale.isel(sample=i).values.astype(np.float64))

@@ -12,6 +12,7 @@ from interp.probes.base import probe
 from interp.probes.bootstrap import mean_interval, units_of
 from interp.probes.labels import sample_labels
 from interp.probes.maps import Grid, layer_labels, maps_by_step, open_grids
+from interp.probes.progress import counted
 from interp.probes.words import prompt_words
 from interp.stores.errors import InterpError, nearest
 
@@ -93,7 +94,7 @@ def head_relevance(
     heads = list(dict.fromkeys(str(h) for g in grids for h in g.probs["head"].values))
     shape = len(run), sum(len(g.layers) for g in grids), len(heads), len(names)
     votes = np.full(shape, np.nan)
-    for i, columns in enumerate(members):
+    for i, columns in enumerate(counted(members)):
         rivals = [c for c, tokens in enumerate(columns) if tokens is not None]
         first = 0
         for grid in grids if len(rivals) > 1 else []:

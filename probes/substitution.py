@@ -20,6 +20,7 @@ from interp.probes.comparing import (
 )
 from interp.probes.conditions import Pairs, check_condition, conditions_with
 from interp.probes.maps import Grid, all_steps, maps_by_step, open_grids
+from interp.probes.progress import counted
 from interp.stores.errors import InterpError
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def _divergences(grids: list[Grid], pairs: Pairs) -> tuple[np.ndarray, np.ndarra
     """Means over pixels, heads and layers: (condition, pair, step) from the reference, (pair, step) from uniform."""
     numbers = np.zeros((*pairs.positions.shape, len(all_steps(grids))))
     uniform = np.zeros(numbers.shape[1:])
-    for p, row in enumerate(pairs.positions.T):
+    for p, row in enumerate(counted(pairs.positions.T)):
         for g in grids:
             ref = int(row[0])
             used = g.table["role"].values[ref] != ""

@@ -10,23 +10,24 @@ from interp.stores.errors import StoreError
 
 @dataclass
 class Job:
-    """Something to do, the bytes it holds until done, and a label by which jobs of a kind are told."""
+    """Something to do, and the bytes it holds until done."""
 
     do: Callable[[], None]
     nbytes: int = 0
-    label: str = ""
 
 
 class Background:
     """Runs jobs in order in one thread. `submit` waits while more than `limit` bytes are queued.
 
-    After a job has raised, the others are dropped and every further call raises StoreError with its message.
+    When nothing is queued, `rest` is called: it does what earlier jobs put off. After a job has raised, the others are
+    dropped and every further call raises StoreError with its message.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, rest: Callable[[], None] = lambda: None) -> None:
         self.limit = limit
         self.peak = 0
         """The most bytes ever queued, those being written included."""
+        self._rest = rest
         self._jobs: deque[Job] = deque()
         self._bytes = 0
         self._busy = False
@@ -37,14 +38,14 @@ class Background:
         self._thread = threading.Thread(target=self._work, name="interp-store-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, do: Callable[[], None], nbytes: int = 0, label: str = "") -> None:
+    def submit(self, do: Callable[[], None], nbytes: int = 0) -> None:
         """Queue a job; wait while its bytes would pass the limit (a job alone always enters)."""
         with self._changed:
             self._changed.wait_for(lambda: self._error or not self._bytes or self._bytes + nbytes <= self.limit)
             self.check()
             if self._closing:
                 raise StoreError("this run is closed for writing; create_run(...) again to go on with it")
-            self._jobs.append(Job(do, nbytes, label))
+            self._jobs.append(Job(do, nbytes))
             self._bytes += nbytes
             self.peak = max(self.peak, self._bytes)
             self._changed.notify_all()
@@ -54,18 +55,30 @@ class Background:
         if self._error is not None:
             raise StoreError(str(self._error)) from self._error
 
+    def mark(self) -> Callable[[], None]:
+        """Return what waits, in any thread, until all that is queued by now is done, what it put off included."""
+        passed = threading.Event()
+
+        def reach() -> None:
+            self._rest()
+            passed.set()
+
+        self.submit(reach)
+
+        def wait() -> None:
+            with self._changed:
+                self._changed.wait_for(lambda: passed.is_set() or self._error or self._dropping)
+            if not passed.is_set():
+                self.check()
+                raise StoreError("this run was closed before everything was written")
+
+        return wait
+
     def drain(self) -> None:
         """Wait until everything queued is done."""
         with self._changed:
             self._changed.wait_for(lambda: self._error or not (self._jobs or self._busy))
             self.check()
-
-    def next_label(self) -> str | None:
-        """Return the label of the job that comes next, None if none waits: lets a job leave work to its
-        successor.
-        """
-        with self._changed:
-            return self._jobs[0].label if self._jobs else None
 
     @property
     def failed(self) -> bool:
@@ -81,7 +94,9 @@ class Background:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(patience)
-        self._dropping = True
+        with self._changed:
+            self._dropping = True
+            self._changed.notify_all()
         self._thread.join()
 
     def _work(self) -> None:
@@ -96,9 +111,11 @@ class Background:
             try:
                 if self._error is None and not self._dropping:
                     job.do()
+                del job  # its arrays are freed before its bytes are given back
+                if self._error is None and not self._jobs:
+                    self._rest()
             except BaseException as error:  # kept, and raised in the caller's thread
                 self._error = error
-            del job  # its arrays are freed before its bytes are given back
             with self._changed:
                 self._busy = False
                 self._bytes -= nbytes

@@ -2,8 +2,6 @@
 endian.
 """
 
-from typing import Any
-
 import google_crc32c
 import numpy as np
 from numcodecs.blosc import Blosc
@@ -19,35 +17,42 @@ class ChecksumError(ValueError):
     """The bytes of a chunk do not agree with their checksum."""
 
 
-def checksum(data: bytes) -> bytes:
-    """Return the crc32c of `data` as it stands on disk."""
-    return int(google_crc32c.value(data)).to_bytes(4, "little")
-
-
 def checksummed(data: bytes) -> bytes:
     """Return `data` followed by its crc32c, as Zarr's codec of that name does."""
-    return data + checksum(data)
+    return data + _checksum(data)
+
+
+def _checksum(data: bytes | np.ndarray) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(4, "little")
 
 
 def encode(values: np.ndarray, *, compress: bool) -> bytes:
     """Encode one whole chunk; text is an object array."""
-    return checksummed(encode_body(values, compress=compress))
+    return b"".join(encode_parts(values, compress=compress))
 
 
-def encode_body(values: np.ndarray, *, compress: bool) -> bytes:
-    """Encode one whole chunk, without its checksum."""
+def encode_parts(values: np.ndarray, *, compress: bool) -> tuple[bytes | memoryview, bytes]:
+    """Encode one whole chunk and its checksum, apart: joining them would copy it once more.
+
+    What is not compressed is not copied either: it stays the memory of `values`.
+    """
     if values.dtype == object:
         exact = np.array([str(v) for v in values.ravel()], object)  # the codec takes str, not numpy's str_
-        raw: Any = _TEXT.encode(exact)
-        return bytes(_BLOSC.encode(raw)) if compress else bytes(raw)
+        raw = bytes(_TEXT.encode(exact))
+        body = bytes(_BLOSC.encode(raw)) if compress else raw
+        return body, _checksum(body)
     values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-    return bytes(_BLOSC.encode(values)) if compress else values.tobytes()
+    if compress:
+        body = bytes(_BLOSC.encode(values))
+        return body, _checksum(body)
+    flat = values.reshape(-1).view("uint8")
+    return flat.data, _checksum(flat)
 
 
 def decode(data: bytes, dtype: str, shape: tuple[int, ...], *, compress: bool) -> np.ndarray:
     """Decode one whole chunk into a fresh array; ChecksumError if it is damaged."""
     body, stored = data[:-4], data[-4:]
-    if len(data) < 4 or int(google_crc32c.value(body)).to_bytes(4, "little") != stored:
+    if len(data) < 4 or _checksum(body) != stored:
         raise ChecksumError("its bytes do not agree with their checksum")
     raw = _BLOSC.decode(body) if compress else body
     if dtype == "str":

@@ -1,7 +1,7 @@
 """Write a run to a folder: steps are buffered to whole chunks, encoded and written in the background."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,8 @@ import numpy as np
 from interp.stores.background import Background
 from interp.stores.blocks import Block
 from interp.stores.chunks import placement_of
-from interp.stores.codec import encode
-from interp.stores.files import PARTIAL, sweep, write_file
+from interp.stores.codec import encode_parts
+from interp.stores.files import PARTIAL, publish, sweep, write_partial
 from interp.stores.growth import grow_files
 from interp.stores.identity import read_root
 from interp.stores.lock import RunLock
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 QUEUE_BYTES = 256 << 20
 SPARE = 4
+PUT_OFF = 64
+"""Most finished samples, and MiB of them, that wait to be made durable together."""
 
 
 class DiskWriter(RunWriter):
@@ -58,9 +60,11 @@ class DiskWriter(RunWriter):
         self._buffers: dict[tuple[int, str], np.ndarray | Block] = {}
         self._rows: dict[int, dict[str, np.ndarray]] = {}
         self._shards: dict[tuple[int, str], ShardFile] = {}
+        self._closed_files: dict[int, list[tuple[Path, Path]]] = {}
         self._settled: dict[int, tuple[int, dict[str, np.ndarray]]] = {}
+        self._put_off = 0
         self._spare: dict[tuple[tuple[int, ...], tuple[int, ...], str], deque[Block]] = {}
-        self._background = Background(queue_bytes)
+        self._background = Background(queue_bytes, self._make_durable)
         self._closed = False
 
     def begin(self, i: int) -> None:  # noqa: D102
@@ -69,6 +73,9 @@ class DiskWriter(RunWriter):
 
     def drain(self) -> None:  # noqa: D102
         self._background.drain()
+
+    def mark(self) -> Callable[[], None]:  # noqa: D102
+        return self._background.mark()
 
     def close(self) -> None:  # noqa: D102
         self._end(None)
@@ -89,9 +96,8 @@ class DiskWriter(RunWriter):
             self._forget(i)
         self._progress.clear()
         self._background.close(patience)
-        for shard in self._shards.values():
-            shard.abandon()
-        self._shards.clear()
+        for i in {*self._closed_files, *(j for j, _ in self._shards)}:
+            self._abandon(i)
         self._spare.clear()
         if self._lock is not None:
             self._lock.release()
@@ -183,7 +189,7 @@ class DiskWriter(RunWriter):
         rows = self._rows.pop(i, {})
         rows["error"] = np.array(error, object)
         size = sum(r.nbytes for r in rows.values())
-        self._background.submit(partial(self._settle, i, status, rows), size, label="settle")
+        self._background.submit(partial(self._settle, i, status, rows), size)
 
     # What follows runs in the background thread.
 
@@ -199,38 +205,53 @@ class DiskWriter(RunWriter):
         spare.append(block)
 
     def _write_sample(self, i: int, name: str, block: np.ndarray) -> None:
-        target = self._target(i, name)
+        file, target = self._partial(name, i), self._target(i, name)
         with naming(target):
             place = self._places[name]
-            data = encode(block.reshape(place.outer), compress=place.compress)
-            write_file(self._partial(name, i), target, data)
+            write_partial(file, *encode_parts(block.reshape(place.outer), compress=place.compress))
+        self._closed_files.setdefault(i, []).append((file, target))
 
     def _settle(self, i: int, status: int, rows: dict[str, np.ndarray]) -> None:
-        """Make a sample's shards durable; its rows and status go with those of the next samples in line."""
+        """Close a sample's files. It is made durable with the next ones in line, since many cost little more than one."""
         for name in [name for j, name in self._shards if j == i]:
             with naming(self._target(i, name)):
-                self._shards.pop((i, name)).finish()
+                self._closed_files.setdefault(i, []).append(self._shards.pop((i, name)).close())
         self._settled[i] = (status, rows)
-        if self._background.next_label() == "settle" and len(self._settled) < 64:
+        self._put_off += sum(file.stat().st_size for file, _ in self._closed_files.get(i, ()))
+        if len(self._settled) >= PUT_OFF or self._put_off >= PUT_OFF << 20:
+            self._make_durable()
+
+    def _make_durable(self) -> None:
+        """Give the settled samples their data, then the rows in shared chunks, `status` last."""
+        if not self._settled:
             return
-        settled, self._settled = self._settled, {}
+        settled, self._settled, self._put_off = self._settled, {}, 0
+        files = [file for i in settled for file in self._closed_files.pop(i, ())]
         for name in sorted({name for _, found in settled.values() for name in found}):
-            self._write_rows(name, {j: found[name] for j, (_, found) in settled.items() if name in found})
+            files += self._rewritten(name, {j: found[name] for j, (_, found) in settled.items() if name in found})
         statuses = {j: np.array(value, "int8") for j, (value, _) in settled.items()}
-        self._write_rows("status", statuses)
+        with naming(self.path):
+            publish(files)
+            publish(self._rewritten("status", statuses))
         for j, value in statuses.items():
             self._status[j] = value
 
-    def _write_rows(self, name: str, rows: dict[int, np.ndarray]) -> None:
-        write_rows(self.path, name, self._metadata[name], rows)
+    def _rewritten(self, name: str, rows: dict[int, np.ndarray]) -> list[tuple[Path, Path]]:
+        return write_rows(self.path, name, self._metadata[name], rows)
 
     def _clear(self, i: int) -> None:
         self._settled.pop(i, None)
-        for name in [name for j, name in self._shards if j == i]:
-            self._shards.pop((i, name)).abandon()
+        self._abandon(i)
         for name in self._arrays:
             if not self._is_batched(name):
                 self._target(i, name).unlink(missing_ok=True)
+
+    def _abandon(self, i: int) -> None:
+        """Delete what was written of a sample and has no name yet."""
+        for name in [name for j, name in self._shards if j == i]:
+            self._shards.pop((i, name)).abandon()
+        for file, _ in self._closed_files.pop(i, ()):
+            file.unlink(missing_ok=True)
 
     def _target(self, i: int, name: str) -> Path:
         return chunk_file(self.path / name, i, len(self._places[name].outer))

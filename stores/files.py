@@ -2,10 +2,15 @@
 
 import json
 import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"
+SYNCS = 8
+"""How many files are made durable at a time."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -19,35 +24,87 @@ def sync_folder(folder: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents; each new name is durable."""
+    for changed in _missing_made(folder):
+        sync_folder(changed)
+
+
+def _missing_made(folder: Path) -> list[Path]:
+    """Make a folder and its parents; return the folders in which that made a name."""
     missing = []
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
     for new in reversed(missing):
         new.mkdir(exist_ok=True)
-        sync_folder(new.parent)
+    return [new.parent for new in reversed(missing)]
 
 
-def settle(partial: Path, target: Path) -> None:
-    """Give a finished, synced `partial` file its real name, durably."""
-    make_folder(target.parent)
-    partial.replace(target)
-    sync_folder(target.parent)
-
-
-def write_file(partial: Path, target: Path, data: bytes, *, durable: bool = True) -> None:
-    """Write `data` to `partial`, then rename it to `target`."""
+def write_partial(partial: Path, *parts: bytes | memoryview) -> None:
+    """Write `parts` one after the other to `partial`, which `publish` makes durable; on an error it is deleted."""
     try:
         with partial.open("wb", buffering=0) as file:
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view) :]
-            if durable:
-                os.fsync(file.fileno())
-        settle(partial, target)
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    view = view[file.write(view) :]
+            write_back(file.fileno(), 0, 0)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_back(handle: int, start: int, length: int) -> None:
+    """Ask the system to begin writing these bytes of a file to disk, so that `publish` waits less; length 0: to its end."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, start, length, os.POSIX_FADV_DONTNEED)
+
+
+def publish(files: Sequence[tuple[Path, Path]]) -> None:
+    """Give written files, as (partial, target), their names: when it returns, all are durable.
+
+    First all data, then all names. Many files at once cost little more than one: what a file system writes down to
+    make the first durable holds for the others, and those that wait at the same time wait together. After an error,
+    those without a name are deleted.
+    """
+    try:
+        _each(_sync_file, [partial for partial, _ in files])
+        changed: dict[Path, None] = {}
+        for partial, target in files:
+            changed |= dict.fromkeys(_missing_made(target.parent))
+            partial.replace(target)
+            changed[target.parent] = None
+        _each(sync_folder, list(changed))
+    except OSError:
+        for partial, _ in files:
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _each(do: Callable[[Path], None], paths: list[Path]) -> None:
+    if len(paths) < 3:
+        for path in paths:
+            do(path)
+    else:
+        list(_pool().map(do, paths))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(SYNCS, thread_name_prefix="interp-sync")
+
+
+def write_file(partial: Path, target: Path, data: bytes | memoryview) -> None:
+    """Write `data` to `partial`, then rename it to `target`; it is durable then."""
+    write_partial(partial, data)
+    publish([(partial, target)])
 
 
 def write_json(folder: Path, document: dict[str, Any]) -> None:

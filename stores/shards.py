@@ -10,14 +10,15 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 
 from interp.stores.blocks import Block
 from interp.stores.chunks import Placement
-from interp.stores.codec import ChecksumError, checksum, checksummed, decode, encode_body
-from interp.stores.files import settle
+from interp.stores.codec import ChecksumError, checksummed, decode, encode_parts
+from interp.stores.files import publish, write_back
 
 MISSING = np.uint64(2**64 - 1)
 POOLED_BYTES = 1 << 20
@@ -29,20 +30,17 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(2, thread_name_prefix="interp-encode")
 
 
-def _encoded(chunk: np.ndarray, compress: bool) -> tuple[bytes, bytes]:
-    """Return one inner chunk and its checksum, apart: joining them would copy it once more."""
-    data = encode_body(chunk, compress=compress)
-    return data, checksum(data)
-
-
 class ShardFile:
-    """A shard under construction, in a `.partial` file until `finish`."""
+    """A shard under construction, in a `.partial` file until `finish`.
+
+    The file is open only while a block is written: a large batch has more shards than a process may have open files.
+    """
 
     def __init__(self, path: Path, target: Path, placement: Placement) -> None:
         self.partial, self.target, self.placement = path, target, placement
         self._index = np.full((*placement.grid, 2), MISSING, "<u8")
-        self._file = path.open("wb", buffering=0)
         self._offset = 0
+        path.unlink(missing_ok=True)
         self._seen: dict[bytes, tuple[int, int]] = {}  # of single steps: what was written, and where it lies
 
     def add_all(self, values: np.ndarray) -> None:
@@ -59,44 +57,47 @@ class ShardFile:
         """Encode and append `block`, one sample's steps from `start` on."""
         assert self.placement.inner is not None
         first, begun, once = start // self.placement.inner[1], self._offset, self.placement.inner[1] == 1
-        encoding = partial(_encoded, compress=self.placement.compress)
-        encoded: Iterable[tuple[bytes, bytes]] = map(encoding, block.chunks)
+        encoding = partial(encode_parts, compress=self.placement.compress)
+        encoded: Iterable[tuple[bytes | memoryview, bytes]] = map(encoding, block.chunks)
         if block.nbytes > POOLED_BYTES and len(block.places) > 1:
             encoded = _pool().map(encoding, block.chunks)
-        for place, (data, check) in zip(block.places, encoded, strict=True):
-            self._index[(0, first, *place)] = self._written(data, check, once=once)
-        if hasattr(os, "posix_fadvise"):  # Linux starts to write these pages out now, so `finish` waits less
-            os.posix_fadvise(self._file.fileno(), begun, self._offset - begun, os.POSIX_FADV_DONTNEED)
+        with self.partial.open("ab", buffering=0) as file:
+            for place, (data, check) in zip(block.places, encoded, strict=True):
+                self._index[(0, first, *place)] = self._written(file, data, check, once=once)
+            write_back(file.fileno(), begun, self._offset - begun)
 
-    def _written(self, data: bytes, check: bytes, *, once: bool) -> tuple[int, int]:
+    def _written(self, file: FileIO, data: bytes | memoryview, check: bytes, *, once: bool) -> tuple[int, int]:
         """Write a chunk, unless it is there already; return its offset and length."""
         length = len(data) + len(check)
         digest = hashlib.blake2b(data, digest_size=16).digest() if once else b""
         if once and digest in self._seen:
             return self._seen[digest]
         found = self._offset, length
-        self._write(data)
-        self._write(check)
+        self._write(file, data)
+        self._write(file, check)
         if once:
             self._seen[digest] = found
         return found
 
+    def close(self) -> tuple[Path, Path]:
+        """Append the index; return (partial, target), which `publish` takes."""
+        with self.partial.open("ab", buffering=0) as file:
+            self._write(file, checksummed(self._index.tobytes()))
+            write_back(file.fileno(), 0, 0)
+        return self.partial, self.target
+
     def finish(self) -> None:
         """Append the index, make the file durable and give it its real name."""
-        self._write(checksummed(self._index.tobytes()))
-        os.fsync(self._file.fileno())
-        self._file.close()
-        settle(self.partial, self.target)
+        publish([self.close()])
 
     def abandon(self) -> None:
-        """Close and delete the unfinished file."""
-        self._file.close()
+        """Delete the unfinished file."""
         self.partial.unlink(missing_ok=True)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, file: FileIO, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
-            written = self._file.write(view)
+            written = file.write(view)
             self._offset += written
             view = view[written:]
 

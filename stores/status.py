@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from interp.stores.chunks import Placement, fill_value, placement_of
-from interp.stores.codec import ChecksumError, decode, encode
+from interp.stores.codec import ChecksumError, decode, encode_parts
 from interp.stores.errors import StoreError
-from interp.stores.files import PARTIAL, sweep, write_file
+from interp.stores.files import PARTIAL, publish, sweep, write_partial
 from interp.stores.identity import identify, read_root
 from interp.stores.skeleton import chunk_file, read_table
 
@@ -44,8 +44,9 @@ def set_status(path: Path, samples: Mapping[int, tuple[int, str]]) -> None:
             raise StoreError(f"sample {i} has no status: {path} has {n} samples, numbered from 0")
     errors = {i: np.array(text, object) for i, (_, text) in samples.items()}
     values = {i: np.array(value, "int8") for i, (value, _) in samples.items()}
-    write_rows(path, "error", listed["error"], errors)
-    write_rows(path, "status", listed["status"], values)
+    for name, rows in (("error", errors), ("status", values)):
+        with naming(path / name):
+            publish(write_rows(path, name, listed[name], rows))
 
 
 def sweep_run(path: Path) -> int:
@@ -54,10 +55,13 @@ def sweep_run(path: Path) -> int:
     return sum(sweep(path / name) for name, found in listed.items() if found["node_type"] == "array")
 
 
-def write_rows(path: Path, name: str, metadata: Mapping[str, Any], rows: Mapping[int, np.ndarray]) -> None:
-    """Replace rows of chunks that samples share: read a chunk, change it, swap the file."""
+def write_rows(
+    path: Path, name: str, metadata: Mapping[str, Any], rows: Mapping[int, np.ndarray]
+) -> list[tuple[Path, Path]]:
+    """Write the chunks that samples share anew, with other rows; return the files for `publish`."""
     place = placement_of(dict(metadata))
     dtype = "str" if metadata["data_type"] == "string" else metadata["data_type"]
+    files = []
     for number in sorted({j // place.outer[0] for j in rows}):
         target = chunk_file(path / name, number, len(place.outer))
         with naming(target):
@@ -65,7 +69,10 @@ def write_rows(path: Path, name: str, metadata: Mapping[str, Any], rows: Mapping
             for j, row in rows.items():
                 if j // place.outer[0] == number:
                     chunk[j % place.outer[0]] = row if row.ndim else row[()]
-            write_file(path / name / f".{number}{PARTIAL}", target, encode(chunk, compress=place.compress))
+            partial = path / name / f".{number}{PARTIAL}"
+            write_partial(partial, *encode_parts(chunk, compress=place.compress))
+            files.append((partial, target))
+    return files
 
 
 def _read_chunk(file: Path, dtype: str, place: Placement) -> np.ndarray:

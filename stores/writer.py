@@ -1,6 +1,6 @@
 """The interface for writing a run, and the checks that are the same on disk and in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -129,6 +129,10 @@ class RunWriter:
 
     def drain(self) -> None:
         """Wait until all that was handed over is durable; raise the writer's error if there was one."""
+
+    def mark(self) -> Callable[[], None]:
+        """Return what waits, in any thread, until all that was handed over before is durable; it raises like `drain`."""
+        return self.drain
 
     def close(self) -> None:
         """Finish writing; raise the writer's error if there was one. Samples begun but not committed are

@@ -68,6 +68,9 @@ class Agenda:
         left = without(task, frozenset(done))
         if not left.waiting:
             return []
+        if outcome.kind == "lost":
+            self._tasks.appendleft(left)
+            return []
         if outcome.kind == "died" and left.deaths + 1 < TRIES:
             self._tasks.appendleft(replace(left, deaths=left.deaths + 1))
             return []

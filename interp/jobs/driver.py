@@ -5,15 +5,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from interp.errors import InterpError
 from interp.jobs.agenda import Agenda, Failure
-from interp.jobs.local import Engine, open_engine
+from interp.jobs.local import Embedded, Engine
 from interp.jobs.spec import Job
 from interp.jobs.work import Recipe, Task
+from interp.jobs.workers import Workers
 from interp.stores import DONE, FAILED
 from interp.stores.lock import RunLock
 from interp.stores.status import column_of, set_status, status_of, status_rows, sweep_run
@@ -83,7 +83,7 @@ def run_job(
     if report.done and (job.scores or job.probes):
         from interp.jobs.afterwards import finish
 
-        finish(job, report, say=_say if progress else _silent)
+        finish(job, report, say=_say if progress else _silent, progress=progress)
     return report
 
 
@@ -109,7 +109,7 @@ def drive(
 
             engine = Cluster(recipe, scheduler, scheduler_file, limit)
         else:
-            engine = open_engine(recipe, workers, limit)
+            engine = Workers(recipe, workers, limit) if workers else Embedded(recipe)
         try:
             say(engine.prepare())
             report = _drive(engine, store, retry_failed=retry_failed, progress=progress, say=say)
@@ -168,9 +168,3 @@ def _say(text: str) -> None:
 
 def _silent(text: str) -> None:
     pass
-
-
-def describe(recipe: Recipe) -> str:
-    """Say what a job would do; nothing is touched."""
-    work: Any = recipe.make()
-    return str(work.describe())

@@ -38,10 +38,10 @@ class Outcome:
     """How a task ended.
 
     `done`; `raised`: an error of the samples; `died`, `hung`: the process ended, or was ended; `stop`: nothing can be
-    written any more; `refused`: the worker cannot do this job.
+    written any more; `refused`: the worker cannot do this job; `lost`: another task ended the process.
     """
 
-    kind: Literal["done", "raised", "died", "hung", "stop", "refused"]
+    kind: Literal["done", "raised", "died", "hung", "lost", "stop", "refused"]
     text: str = ""
     notes: tuple[str, ...] = ()
     seconds: float = 0.0

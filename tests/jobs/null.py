@@ -27,7 +27,9 @@ class NullWork(Work):
         self.store = Path(store)
         self.layout = small_layout(n=n, steps=steps)
         self.layout.samples["batch"] = [i // batch for i in range(n)]
-        self.pause, self.log, self.jump = pause, log, jump
+        self.pause, self.log = pause, log
+        if jump:
+            jumping_clock()
         self.faults = {int(k): v for k, v in (faults or {}).items()}
 
     def describe(self):
@@ -82,6 +84,12 @@ class NullWork(Work):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def jumping_clock():
+    """Let this process live with a clock that is set a day back and forth all the time."""
+    real, jumps = time.time, iter(range(10**9))
+    time.time = lambda: real() + (-1) ** next(jumps) * 86400
+
+
 def recipe(store, **options):
     return Recipe("tests.jobs.null:NullWork", {"store": str(store), **options})
 
@@ -97,9 +105,8 @@ def main():
     parser.add_argument("--retry-failed", action="store_true")
     given = parser.parse_args()
     options = json.loads(given.options)
-    if options.get("jump"):  # a clock that is set back and forth all the time
-        real, jumps = time.time, iter(range(10**9))
-        time.time = lambda: real() + (-1) ** next(jumps) * 86400
+    if options.get("jump"):
+        jumping_clock()
     try:
         report = drive(
             recipe(given.store, **options), Path(given.store), workers=given.workers, limit=given.limit,

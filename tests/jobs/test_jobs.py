@@ -243,11 +243,22 @@ def test_the_command_runs_resumes_and_reports(pipe, tmp_path, monkeypatch):
 
 
 def test_scores_and_probes_follow(pipe, tmp_path):
-    path = write(tmp_path, probes=["frequency_energy", {"name": "frequency_energy", "low_fraction": 0.4}])
-    assert command("run", str(path)).returncode == 0
-    answer = xr.open_zarr(tmp_path / "run.zarr.probes" / "frequency_energy.zarr", consolidated=False)
-    assert answer.sizes["sample"] == 6
-    assert json.loads(answer.attrs["parameters"])["low_fraction"] == 0.4
+    def run_with(low):
+        path = write(tmp_path, probes=["frequency_energy", {"name": "frequency_energy", "low_fraction": low}])
+        done = command("run", str(path))
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    def answer(name):
+        return xr.open_zarr(tmp_path / "run.zarr.probes" / f"{name}.zarr", consolidated=False)
+
+    run_with(0.4)
+    found = [json.loads(answer(n).attrs["parameters"])["low_fraction"] for n in ("frequency_energy", "frequency_energy-2")]
+    assert found == [0.2, 0.4]
+    assert answer("frequency_energy").sizes["sample"] == 6
+    assert "probe frequency_energy" not in run_with(0.4)  # nothing is new
+    assert run_with(0.3).count("probe frequency_energy:") == 1
+    assert json.loads(answer("frequency_energy-2").attrs["parameters"])["low_fraction"] == 0.3
 
 
 @pytest.mark.parametrize(

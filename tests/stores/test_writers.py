@@ -114,7 +114,7 @@ def test_the_queue_is_bounded_in_bytes():
 
 
 def test_append_keeps_within_the_queue(tmp_path, monkeypatch):
-    monkeypatch.setattr("interp.stores.shards.encode_body", lambda *a, **k: time.sleep(0.005) or b"")
+    monkeypatch.setattr("interp.stores.shards.encode_parts", lambda *a, **k: time.sleep(0.005) or (b"", b""))
     layout = small_layout(n=4, steps=20)
     limit = 20_000
     with create_run(tmp_path / "r.zarr", layout, queue_bytes=limit) as writer:
@@ -132,7 +132,7 @@ def test_an_error_of_the_background_comes_back_naming_the_file(tmp_path, monkeyp
     writer = create_run(tmp_path / "r.zarr", small_layout())
     write_sample(writer, 0)
     writer.drain()
-    monkeypatch.setattr("interp.stores.shards.encode_body", broken)
+    monkeypatch.setattr("interp.stores.shards.encode_parts", broken)
     with pytest.raises(StoreError, match=r"attention/4x4/probs.*No space left on device"):
         for i in (1, 2):
             write_sample(writer, i)
