@@ -253,7 +253,9 @@ def test_scores_and_probes_follow(pipe, tmp_path):
         return xr.open_zarr(tmp_path / "run.zarr.probes" / f"{name}.zarr", consolidated=False)
 
     run_with(0.4)
-    found = [json.loads(answer(n).attrs["parameters"])["low_fraction"] for n in ("frequency_energy", "frequency_energy-2")]
+    found = [
+        json.loads(answer(n).attrs["parameters"])["low_fraction"] for n in ("frequency_energy", "frequency_energy-2")
+    ]
     assert found == [0.2, 0.4]
     assert answer("frequency_energy").sizes["sample"] == 6
     assert "probe frequency_energy" not in run_with(0.4)  # nothing is new
