@@ -97,7 +97,7 @@ def _reduction_group(
 
 def run_attrs(
     pipe: Any, family: Family, capture: Capture, conditions: Mapping[str, Sequence[Intervention]], steps: int,
-    guidance: float, height: int, width: int, options: dict[str, Any],
+    guidance: float, height: int, width: int, options: dict[str, Any], arguments: Arguments,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the root attributes: all that must be equal for a run to be resumed, and the versions."""
     scheduler = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
@@ -124,8 +124,17 @@ def run_attrs(
         "prediction_type": str(
             scheduler.get("prediction_type", "flow_prediction" if is_flow(pipe.scheduler) else "epsilon")
         ),
+        **({"rescaled_guidance": True} if _rescaled(family, arguments) else {}),
         "versions": {p: version(p) for p in ("interp-diffusion", "torch", "diffusers", "transformers")},
     }
+
+
+def _rescaled(family: Family, arguments: Arguments) -> bool:
+    """Tell whether the pipeline makes more of both predictions than u + w·(c − u), which readers of the run must know."""
+    shape, scale = (2, 1, *family.latent_shape(arguments)), 7.0
+    uncond, cond = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    plain = uncond + scale * (cond - uncond)
+    return not torch.allclose(family.combine(uncond, cond, scale, arguments), plain, rtol=1e-3, atol=1e-3)
 
 
 def _config_hash(pipe: Any) -> str:

@@ -237,7 +237,9 @@ def assemble(
             width,
             (samples["prompt"], samples["negative_prompt"]),
         ),
-        attrs=run_attrs(pipe, family, capture, conditions, steps, guidance, height, width, dict(options or {})),
+        attrs=run_attrs(
+            pipe, family, capture, conditions, steps, guidance, height, width, dict(options or {}), arguments
+        ),
     )
     guided = family.guided(arguments)
     passes = {name: _passes(changes, times, guided) for name, changes in conditions.items()}

@@ -11,7 +11,17 @@ import xarray as xr
 from interp.probes.attribution_plot import draw_maps, draw_mass
 from interp.probes.base import probe
 from interp.probes.labels import check_option, sample_labels
-from interp.probes.maps import ROLES, Grid, layer_labels, on_all_steps, open_grids, reduce_sample, resize, role_mass
+from interp.probes.maps import (
+    ROLES,
+    Grid,
+    layer_labels,
+    on_all_steps,
+    open_grids,
+    open_masses,
+    reduce_sample,
+    resize,
+    role_mass,
+)
 from interp.probes.progress import counted
 from interp.probes.rivals import log_odds, logarithm
 from interp.probes.words import Words, chosen_words
@@ -126,7 +136,7 @@ def token_attribution(
     return result
 
 
-@probe("attention_mass", needs={"attention": True}, plot=draw_mass)
+@probe("attention_mass", plot=draw_mass)
 def attention_mass(
     run: Run,
     *,
@@ -136,7 +146,7 @@ def attention_mass(
     """Attention that bos, words, eos and padding receive at each step and layer (1: shares of all attention).
 
     The attention of an image to the tokens of a role, averaged over pixels and heads, in the conditional
-    branch. The paper's "[EOS]" is eos and pad together.
+    branch: of captured maps, or as `Capture(reduce=["token_mass"])` kept it. The paper's "[EOS]" is eos and pad together.
 
     Parameters: `steps` and `layers` choose as in `token_attribution`.
 
@@ -153,7 +163,7 @@ def attention_mass(
     >>> bool(np.allclose(ds["mass"].sum("role"), 1, atol=1e-2))
     True
     """
-    grids = open_grids(run, steps=steps, layers=layers)
+    grids = open_masses(run, steps=steps, layers=layers, asker="attention_mass")
     masses = [[reduce_sample(g, i)[1] for i in counted(range(g.table.sizes["sample"]))] for g in grids]
     return xr.Dataset(_mass_variables(grids, masses), {**sample_labels(run), **_mass_coords(grids)})
 

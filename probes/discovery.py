@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import module_from_spec, spec_from_file_location
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +23,7 @@ from interp.probes.base import FILE_MODULE, Probe
 from interp.stores.errors import InterpError, nearest
 
 PROBES = "interp.probes"
+OURS = "interp-diffusion"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Plugin:
         """Import and return the object; raises InterpError naming the distribution when that fails."""
         try:
             return EntryPoint(self.name, self.target, self.group).load()
-        except Exception as error:  # a plugin may fail in any way
+        except (Exception, SystemExit) as error:  # a plugin may fail in any way
             raise InterpError(f"{self} cannot be loaded: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
@@ -86,22 +86,34 @@ def find_plugin(name: str, group: str) -> Any:
     raise InterpError(f"no {kind} named {name!r}; {listed}{nearest(name, names)}")
 
 
-def load_plugins(group: str) -> dict[str, Any]:
+def load_plugins(group: str, kind: type | None = None) -> dict[str, Any]:
     """Import every plugin of a group: name → object. A broken one is a warning naming it, and left out.
 
-    Raises InterpError when two plugins have the same name: which one is meant is not ours to guess.
+    kind: the class that all must be subclasses of. Of several with one name, which cannot be told apart, ours stays.
     """
     loaded: dict[str, Any] = {}
     everything = plugins(group)
-    for first, second in pairwise(everything):
-        if first.name == second.name:
-            raise InterpError(f"two plugins are called {first.name!r}: {first} and {second}; uninstall one")
     for plugin in everything:
+        rivals = [p for p in everything if p.name == plugin.name and p != plugin]
         try:
-            loaded[plugin.name] = plugin.load()
+            if rivals and plugin.distribution != OURS:
+                raise InterpError(f"two plugins are called {plugin.name!r}: {plugin} and {rivals[0]}; uninstall one")
+            found = plugin.load()
+            if kind is not None and not (isinstance(found, type) and issubclass(found, kind)):
+                raise InterpError(f"{plugin} is {what_is(found)}, no subclass of {kind.__name__}")
+            loaded[plugin.name] = found
         except InterpError as error:
             warnings.warn(f"{error}; it is left out", RuntimeWarning, stacklevel=2)
     return loaded
+
+
+def what_is(found: Any) -> str:
+    """Say what an object is that should have been something else.
+
+    >>> what_is(3), what_is(Plugin)
+    ('an object of type int', 'the class Plugin')
+    """
+    return f"the class {found.__name__}" if isinstance(found, type) else f"an object of type {type(found).__name__}"
 
 
 def load_file(path: str | Path) -> ModuleType:
@@ -125,7 +137,7 @@ def load_file(path: str | Path) -> ModuleType:
     try:
         # Compiled here: the import system's cache would miss an edit within the same second.
         exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise InterpError(f"{str(path)!r} cannot be loaded: {type(error).__name__}: {error}") from error
     return module
@@ -149,8 +161,7 @@ def find_probe(name: str | Path | Probe) -> Probe:
         return _probe_of_file(file, wanted)
     found = find_plugin(name, PROBES)
     if not isinstance(found, Probe):
-        kind = type(found).__name__
-        raise InterpError(f"plugin {name!r} is {kind}, not a probe: mark the function with @probe({name!r})")
+        raise InterpError(f"plugin {name!r} is {what_is(found)}, not a probe: mark the function with @probe({name!r})")
     if found.name != name:
         raise InterpError(f"plugin {name!r} is a probe called {found.name!r}: give both the same name")
     return found

@@ -97,7 +97,8 @@ def frequency_energy(
 
     Parameters: `low_fraction` and `mask` ("bins", "square", "radius" or "disc") choose the low bins, see
     `interp.probes.bands.low_mask`; the share realised on this grid is in attrs. `data="predicted"` takes for
-    x_0 in the data and noise parts the model's own estimate at that step, from the guided `noise_pred`;
+    x_0 in the data and noise parts the model's own estimate at that step, from the guided `noise_pred` (refused for
+    pipelines that rescale it);
     `"final"` takes the final latents. The variation ratios always compare with the final latents. `noise` is what the
     forward process takes for ε: `"initial"` the run's own initial noise, `"fresh"` noise drawn with `seed`.
 
@@ -107,7 +108,8 @@ def frequency_energy(
     numbers), and `noising_noise_norm`, the norm of its noise_scale·ε (latent units). Samples that are not finished are
     NaN. Samples are read one by one: memory does not grow with their number.
 
-    Raises InterpError for an unknown mask or `data`, a fraction outside (0, 1), and what was not captured.
+    Raises InterpError for an unknown mask or `data`, a fraction outside (0, 1), what was not captured, and predicted data
+    of a pipeline that rescales the guided prediction.
     Source: Yi et al., arXiv:2405.15330, section 4.2, Figure 2, Proposition 1.
 
     >>> from interp.stores import synthetic_run
@@ -186,7 +188,7 @@ def predicted_data(run: Run, one: xr.Dataset) -> np.ndarray:
 
     one: the trajectory of one sample. The two branches are combined as uncond + g·(cond − uncond); where one
     was not evaluated (NaN) the other stands alone. Raises InterpError for a prediction type that is not
-    known.
+    known, and for steps at which the pipeline made more of both branches than that (rescaled guidance).
 
     >>> from interp.stores import synthetic_run
     >>> run = synthetic_run(samples=1, steps=6)
@@ -197,6 +199,12 @@ def predicted_data(run: Run, one: xr.Dataset) -> np.ndarray:
     branch = {str(b): one["noise_pred"].sel(branch=b).values.astype(np.float64) for b in one["branch"].values}
     missing = np.full_like(next(iter(branch.values())), np.nan)
     cond, uncond = branch.get("cond", missing), branch.get("uncond", missing)
+    if run.attrs.get("rescaled_guidance") and not np.isnan(cond + uncond).all():
+        raise InterpError(
+            "x_0 cannot be predicted from this run's noise_pred: its pipeline rescales the guided prediction "
+            "(guidance_rescale, or Qwen-Image's norm), which u + w·(c − u) is not; use data='final', or look at x̂0 itself, "
+            "which `interp score RUN --metric x0` decodes with the pipeline's own rule"
+        )
     scale = one["guidance_scale"].values.astype(np.float64)[:, None, None, None]
     guided = uncond + scale * (cond - uncond)
     guided = np.where(np.isnan(cond), uncond, np.where(np.isnan(uncond), cond, guided))

@@ -11,7 +11,7 @@ import xarray as xr
 from interp.probes.base import probe
 from interp.probes.bootstrap import mean_interval, units_of
 from interp.probes.labels import sample_labels
-from interp.probes.maps import Grid, layer_labels, maps_by_step, open_grids
+from interp.probes.maps import Grid, layer_labels, maps_by_step, open_masses
 from interp.probes.progress import counted
 from interp.probes.words import prompt_words
 from interp.stores.errors import InterpError, nearest
@@ -54,7 +54,7 @@ def draw(ds: xr.Dataset) -> Figure:
     return figure
 
 
-@probe("head_relevance", needs={"attention": True}, plot=draw)
+@probe("head_relevance", plot=draw)
 def head_relevance(
     run: Run,
     *,
@@ -67,8 +67,9 @@ def head_relevance(
     """Share of steps in which a head attends more to a concept's words than to those of any other concept (1).
 
     At each step every head (conditional branch) gives its vote to one concept of the prompt: the one whose words get
-    the most attention, mean over pixels and over the concept's tokens. Trace with `Capture(heads="all")`, prompts that
-    name words of several concepts ("a large striped red circle"); with heads averaged there is one vote a layer.
+    the most attention, mean over pixels and over the concept's tokens. Trace prompts that name words of several concepts
+    ("a large striped red circle"), with `Capture(reduce=["token_mass"])`, which forms these means while tracing and keeps
+    them alone, or with `Capture(heads="all")`; of maps averaged over heads there is one vote a layer.
 
     Parameters: `concepts` maps names to words, e.g. {"colour": ["red", "blue"], "shape": ["circle"]} (None: each word
     is its own concept); `steps` and `layers` choose as in `token_attribution`; `resamples` and `seed` belong to the
@@ -89,7 +90,7 @@ def head_relevance(
     >>> bool(np.allclose(ds["votes"].isel(sample=0).sum("concept"), 1))
     True
     """
-    grids = open_grids(run, steps=steps, layers=layers)
+    grids = open_masses(run, steps=steps, layers=layers, asker="head_relevance")
     names, members = _members(grids[0].table, concepts)
     heads = list(dict.fromkeys(str(h) for g in grids for h in g.probs["head"].values))
     shape = len(run), sum(len(g.layers) for g in grids), len(heads), len(names)

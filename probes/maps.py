@@ -44,13 +44,41 @@ def open_grids(
     (all), or site names with wildcards, one or several. Raises InterpError for steps or layers that were not
     captured, and for grids whose token columns differ.
     """
+    nodes = {str(name): run.tree[f"attention/{name}"].to_dataset() for name in run.grids}
+    return _grids(nodes, f"attention/{next(iter(nodes), '')}", steps, layers, branch)
+
+
+def open_masses(
+    run: Run, *, steps: Any = None, layers: str | Sequence[str] | None = None, branch: str = "cond", asker: str
+) -> list[Grid]:
+    """Return what the whole picture gives to each token, as grids of one pixel, or of all pixels where maps were kept.
+
+    A reduction "token_mass" of the run (`Capture(reduce=["token_mass"])`: every head, no maps) is taken if there is one,
+    else captured attention. Choosing and errors are those of `open_grids`; InterpError if the run has neither.
+    """
+    for name, node in run.tree["sites"].children.items() if "sites" in run.tree.children else ():
+        if node.attrs.get("reduction") == "token_mass":
+            dataset = node.to_dataset()
+            pixel = dataset["value"].expand_dims({"query_y": 1, "query_x": 1}, (-2, -1))
+            heads = [str(h) for h in range(dataset.sizes["head"])]
+            return _grids({name: dataset.assign(probs=pixel).assign_coords(head=heads)}, name, steps, layers, branch)
+    if "attention" not in run.tree.children:
+        raise InterpError(
+            f'{asker} needs attention, which this run did not capture: trace again with Capture(attention="cross", '
+            'heads="all"), or keep what the heads give to each token alone: Capture(attention=None, reduce=["token_mass"])'
+        )
+    return open_grids(run, steps=steps, layers=layers, branch=branch)
+
+
+def _grids(
+    nodes: dict[str, xr.Dataset], path: str, steps: Any, layers: str | Sequence[str] | None, branch: str
+) -> list[Grid]:
     grids, known = [], []
-    for name in run.grids:  # the finest first, in memory and on disk alike
-        dataset = run.tree[f"attention/{name}"].to_dataset()
+    for name, dataset in nodes.items():  # the finest first, in memory and on disk alike
         branches = [str(b) for b in dataset["branch"].values]
         if branch not in branches:
             raise InterpError(
-                f"this needs the branch {branch!r}, where attention/{name} has {', '.join(branches)}: "
+                f"this needs the branch {branch!r}, where {path} has {', '.join(branches)}: "
                 f'trace again with Capture(branches=("{branch}",))'
             )
         sites = [str(site) for site in dataset["layer"].values]
@@ -61,7 +89,7 @@ def open_grids(
         # No transpose here: of an array not yet loaded it makes an index as large as the data.
         at = chosen_steps(dataset["step"].values, steps)
         probs = dataset["probs"].isel(branch=branches.index(branch), layer=_slice(chosen), step=_slice(at))
-        grids.append(Grid(str(name), probs, _token_table(dataset)))
+        grids.append(Grid(name, probs, _token_table(dataset)))
     for pattern in () if layers is None else (layers,) if isinstance(layers, str) else layers:
         if not any(fnmatchcase(site, pattern) for site in known):
             listed = ", ".join(known[:6]) + ("" if len(known) <= 6 else f" and {len(known) - 6} more")

@@ -63,7 +63,7 @@ def check_probe(probe: Probe, make_run: Callable[..., Run] = synthetic_run, **pa
 
     Checked: documented keyword-only parameters with defaults; one and several samples; heads averaged and
     apart; a branch that was evaluated half of the time, or not captured at all; a run that lacks a part (an
-    InterpError of one sentence, or a result); labels and units; the same result again, from dask arrays, and
+    InterpError of one sentence, or a result with numbers in it); labels and units; the same result again, from dask arrays, and
     after pickling the probe; the run left as it was; no large array read whole, so that a run may be larger than
     the memory; its plot.
 
@@ -88,7 +88,7 @@ def check_probe(probe: Probe, make_run: Callable[..., Run] = synthetic_run, **pa
     yield checks("heads averaged", heads="mean")
     yield checks("heads apart", heads=3)
     yield checks("both branches", branches=("cond", "uncond"))
-    yield Check("branch evaluated half of the time", lambda: _clean(lambda: ask(_half(runs(**several)))))
+    yield Check("branch evaluated half of the time", lambda: _clean(lambda: _has_numbers(ask(_half(runs(**several))))))
     for branch in ("cond", "uncond"):
         yield Check(f"branch {branch} alone", partial(_one_branch, ask, runs, branch))
     for part in PARTS:
@@ -135,7 +135,7 @@ def _clean(body: Callable[[], object]) -> None:
 
 def _one_branch(ask: Callable[[Run], xr.Dataset], runs: Callable[..., Run], branch: str) -> None:
     run = runs(branches=(branch,))
-    _clean(lambda: ask(run))
+    _clean(lambda: _has_numbers(ask(run)))
 
 
 def _lacking(probe: Probe, runs: Callable[..., Run], part: str, ask: Callable[[Run], xr.Dataset]) -> None:
@@ -147,7 +147,7 @@ def _without(probe: Probe, run: Run, part: str, ask: Callable[[Run], xr.Dataset]
     wanted = probe.needs.get(node)
     declared = wanted is not None and (not names or wanted is True or bool({*names} & {*wanted}))
     try:
-        ask(run)
+        result = ask(run)
     except InterpError as error:
         text = str(error)
         assert "\n" not in text and len(text) > 20, f"without {part}: not a clear sentence: {text}"
@@ -157,6 +157,7 @@ def _without(probe: Probe, run: Run, part: str, ask: Callable[[Run], xr.Dataset]
         ) from error
     else:
         assert not declared, f"the probe declares that it needs {node}, yet runs without {part}"
+        _has_numbers(result)
 
 
 def _same(one: xr.Dataset, other: xr.Dataset, *, exact: bool = False) -> None:

@@ -9,10 +9,8 @@ from interp.families.base import (
     Family,
     Pass,
     Spans,
-    families,
-    find_family,
-    trying,
 )
+from interp.families.finding import families, find_family, trying
 
 __all__ = [
     "PARTS",

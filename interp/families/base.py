@@ -11,7 +11,6 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +19,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from interp.branches import keep_rows
 from interp.compiling import plain
-from interp.errors import InterpError, sentence_list
+from interp.errors import InterpError
 from interp.tokens import Tokens, tokenize
 from interp.undressing import undressed
 
@@ -433,41 +432,3 @@ class Family(ABC):
         if text.mask is None:
             return text.embeddings, None
         return text.embeddings, ((1 - text.mask.to(text.embeddings.dtype)) * -10000.0)[:, None]
-
-
-def families() -> dict[str, type[Family]]:
-    """Return every installed family by name."""
-    from interp.probes.discovery import load_plugins
-
-    return load_plugins("interp.families")
-
-
-_TRIED: ContextVar[tuple[type[Family], ...]] = ContextVar("families on trial", default=())
-
-
-@contextmanager
-def trying(*classes: type[Family]) -> Iterator[None]:
-    """Let families that are not installed (yet) be found inside the context, before all others."""
-    token = _TRIED.set((*classes, *_TRIED.get()))
-    try:
-        yield
-    finally:
-        _TRIED.reset(token)
-
-
-def find_family(pipe: Any) -> Family:
-    """Return the family of a pipeline.
-
-    Raises:
-        InterpError: no installed family describes it.
-    """
-    known = families()
-    # a family that somebody added for a pipeline of their own goes before ours, which also match subclasses
-    installed = sorted(known.values(), key=lambda c: (c.fallback, c.__module__.startswith("interp.")))
-    for cls in (*_TRIED.get(), *installed):
-        if cls.matches(pipe):
-            return cls(pipe)
-    raise InterpError(
-        f"no model family describes a {type(pipe).__name__}; installed families: {sentence_list(known, len(known))}; "
-        "a family for it can be added through the entry-point group 'interp.families'"
-    )

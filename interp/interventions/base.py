@@ -4,7 +4,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
@@ -165,7 +165,7 @@ def from_spec(spec: Mapping[str, Any]) -> Intervention:
     >>> from_spec({"name": "remove_text", "start": 0.6})
     RemoveText(start=0.6)
     """
-    from interp.probes.discovery import find_plugin
+    from interp.probes.discovery import find_plugin, what_is
 
     values = dict(spec)
     if values.get("serialisable") is False:
@@ -173,7 +173,12 @@ def from_spec(spec: Mapping[str, Any]) -> Intervention:
             f"{values.get('name')!r} is an edit in Python, of which a run keeps the text alone; make it again and give it "
             "to interp.trace"
         )
-    cls = find_plugin(str(values.pop("name", "")), "interp.interventions")
+    name = str(values.pop("name", ""))
+    cls = find_plugin(name, "interp.interventions")
+    if not (isinstance(cls, type) and issubclass(cls, Intervention) and is_dataclass(cls)):
+        raise InterpError(
+            f"plugin {name!r} is {what_is(cls)}, no intervention: a frozen dataclass that is an Intervention"
+        )
     known = [f.name for f in fields(cls)]
     for given in values:
         if given not in known:

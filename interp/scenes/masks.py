@@ -1,54 +1,48 @@
 """How well heat maps find a true mask: average precision, pointing game, and intersection over union."""
 
-import numpy as np
+import torch
+from torch import Tensor
 
-THRESHOLDS = np.arange(1, 20) / 20
+THRESHOLDS = tuple(k / 20 for k in range(1, 20))
 """Of a map scaled from its minimum, 0, to its maximum, 1; what is at or above is taken for the object."""
 
 
-def average_precision(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
+def average_precision(maps: Tensor, masks: Tensor) -> Tensor:
     """Return the area under precision and recall of pixels ranked by their heat, (map,), 0 to 1.
 
     maps: (map, pixel). masks: bool (map, pixel), none of them empty. AP = Σ over the true pixels of the precision at their
     rank, divided by their number; pixels of equal heat have one rank, the last of theirs. Chance is the mask's share.
 
-    >>> average_precision(np.array([[3.0, 1.0, 2.0, 0.0]]), np.array([[True, True, False, False]])).round(3).tolist()
-    [0.833]
+    >>> average_precision(torch.tensor([[3.0, 1.0, 2.0, 0.0]]), torch.tensor([[True, True, False, False]])).item()
+    0.8333333333333333
     """
-    order = np.argsort(-maps, axis=1, kind="stable")
-    heat, hit = np.take_along_axis(maps, order, 1), np.take_along_axis(masks, order, 1)
-    rank = np.arange(maps.shape[1])
-    last = np.ones(heat.shape, bool)
+    heat, order = maps.sort(dim=1, descending=True, stable=True)
+    hit = masks.gather(1, order)
+    rank = torch.arange(maps.shape[1], device=maps.device)
+    last = torch.ones_like(hit)
     last[:, :-1] = heat[:, 1:] != heat[:, :-1]
-    end = np.minimum.accumulate(np.where(last, rank, len(rank))[:, ::-1], axis=1)[:, ::-1]
-    precision = np.take_along_axis(np.cumsum(hit, 1), end, 1) / (end + 1)
-    found: np.ndarray = (precision * hit).sum(1) / hit.sum(1)
-    return found
+    end = torch.where(last, rank, len(rank)).flip(1).cummin(1).values.flip(1)
+    precision = hit.cumsum(1).gather(1, end).double() / (end + 1)
+    return (precision * hit).sum(1) / hit.sum(1)
 
 
-def pointing(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
+def pointing(maps: Tensor, masks: Tensor) -> Tensor:
     """Return whether the hottest pixel is in the mask, (map,), 0 or 1 (the pointing game, arXiv:1608.00507)."""
-    return np.take_along_axis(masks, maps.argmax(1)[:, None], 1)[:, 0].astype(float)
+    return masks.gather(1, maps.argmax(1, keepdim=True))[:, 0].double()
 
 
-def intersection_over_union(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
+def intersection_over_union(maps: Tensor, masks: Tensor) -> Tensor:
     """Return the overlap of each mask with its map above each of THRESHOLDS, (map, threshold), 0 to 1.
 
-    >>> two = intersection_over_union(np.array([[4.0, 2.0, 0.0]]), np.array([[True, False, False]]))
+    >>> two = intersection_over_union(torch.tensor([[4.0, 2.0, 0.0]]), torch.tensor([[True, False, False]]))
     >>> two[0, [0, 9, 18]].tolist()
     [0.5, 0.5, 1.0]
     """
-    low = maps.min(1, keepdims=True)
-    span = maps.max(1, keepdims=True) - low
-    level = np.digitize((maps - low) / np.where(span > 0, span, 1), THRESHOLDS - 1e-9)
-    bins = len(THRESHOLDS) + 1
-    at = level + bins * np.arange(len(maps))[:, None]
-
-    def above(weights: np.ndarray) -> np.ndarray:
-        counts = np.bincount(at.ravel(), weights.ravel(), bins * len(maps)).reshape(len(maps), bins)
-        found: np.ndarray = counts[:, :0:-1].cumsum(1)[:, ::-1]
-        return found
-
-    both, taken = above(masks.astype(float)), above(np.ones(masks.shape))
-    union = taken + masks.sum(1, keepdims=True) - both
-    return both / union
+    low = maps.amin(1, keepdim=True)
+    span = maps.amax(1, keepdim=True) - low
+    scaled = (maps - low) / torch.where(span > 0, span, 1)
+    found = []
+    for threshold in THRESHOLDS:
+        taken = scaled >= threshold - 1e-9
+        found.append((taken & masks).sum(1).double() / (taken | masks).sum(1))
+    return torch.stack(found, 1)

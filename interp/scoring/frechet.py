@@ -8,6 +8,8 @@ import torch
 from interp.errors import InterpError
 from interp.scoring.pixels import needing, torchmetrics
 
+LAYERS = (64, 192, 768, 2048)  # of Inception-v3, by their numbers of features
+
 
 class Fid:
     """Fréchet distance (FID, arXiv:1706.08500) of a condition's pictures from the reference's, by torchmetrics.
@@ -16,11 +18,13 @@ class Fid:
     upwards for few pictures, so that only values of equally many compare, and says little below some thousands.
 
     Option `features`: 64, 192, 768 or 2048 (default) for a layer of Inception-v3, which needs the package torch-fidelity
-    and its weights; or, in Python, a torch module of your own: uint8 (sample, rgb, y, x) → (sample, feature), its number
-    of features in `num_features`.
+    and its weights, fetched on first use; or, in Python, a torch module of your own: uint8 (sample, rgb, y, x) →
+    (sample, feature), its number of features in `num_features`.
     """
 
     def __init__(self, *, features: int | torch.nn.Module = 2048, device: str = "cpu") -> None:
+        if isinstance(features, int) and features not in LAYERS:
+            raise InterpError(f"fid: features={features} is not possible; it is one of {', '.join(map(str, LAYERS))}")
         kind = torchmetrics("fid").image.fid.FrechetInceptionDistance
         with needing("fid", "the package torch-fidelity and the Inception weights that it downloads"):
             self.metric: Any = kind(feature=features, normalize=False).to(device)

@@ -38,8 +38,8 @@ def ssim(images: np.ndarray, references: np.ndarray, *, device: str = "cpu") -> 
 class Lpips:
     """Learned perceptual distance from the reference (LPIPS, arXiv:1801.03924), 0 and more, by torchmetrics.
 
-    Option `network`: "alex" (default), "vgg" or "squeeze". Needs the extra `[metrics]` and torchvision, which downloads
-    the network's weights once.
+    Option `network`: "alex" (default), "vgg" or "squeeze". Needs the extra `[metrics]` and torchvision, which fetches
+    the network's weights on first use.
     """
 
     def __init__(self, *, network: str = "alex", device: str = "cpu") -> None:

@@ -216,6 +216,10 @@ def test_predicted_pictures_come_from_what_the_scheduler_was_given(name):
     with interp.HookRegistry(pipe) as hooks:
         hooks.on_step(lambda end: seen.append((end.latents, end.model_output)))
         run = traced(name, capture=interp.Capture(attention=None), options=options)
+    assert run.attrs.get("rescaled_guidance", False) == (name != "flux2")
+    if name != "flux2":  # which has one branch
+        with pytest.raises(interp.InterpError, match="its pipeline rescales the guided prediction"):
+            run.probe("frequency_energy", data="predicted")
     interp.score(run, "x0", pipe=pipe, steps=[0])
     latents, output = seen[0]
     a, b = (float(run.trajectory[n].values[0]) for n in ("data_scale", "noise_scale"))

@@ -88,6 +88,18 @@ def test_named_reductions_equal_those_of_stored_maps(whole: "interp.stores.Run")
     )
 
 
+@pytest.mark.parametrize(("probe", "variable"), [("head_relevance", "votes"), ("attention_mass", "mass_per_token")])
+def test_probes_read_the_mass_of_tokens_in_place_of_maps(whole, probe: str, variable: str) -> None:
+    maps, reduced, neither = (
+        interp.stores.Run(whole.tree.drop_nodes(n)) for n in ("sites", "attention", ["sites", "attention"])
+    )
+    want, got, both = (run.probe(probe)[variable] for run in (maps, reduced, whole))
+    np.testing.assert_allclose(got.sel(layer=want.layer).values, want.values, atol=1e-6)
+    assert both.equals(got) and np.isfinite(got).any()
+    with pytest.raises(interp.InterpError, match=r"did not capture: .*reduce=\[.token_mass.\]"):
+        neither.probe(probe)
+
+
 def test_mass_of_roles_is_that_of_each_branch_s_own_tokens(whole: "interp.stores.Run") -> None:
     """All roles together hold all probability; the negative prompt has fewer words than the prompt."""
     mass, p = whole.site("role_mass"), whole.attention("16x16")

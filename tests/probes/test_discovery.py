@@ -2,6 +2,7 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -83,8 +84,69 @@ def test_broken_plugins_are_named_and_take_nobody_down(site):
         find_probe("broken")
 
 
+GOOD = {
+    "interp.probes": "guidance_norm",
+    "interp.metrics": "l1",
+    "interp.interventions": "remove_text",
+    "interp.families": "unet",
+}
+
+
+@pytest.mark.parametrize("group", GOOD)
+def test_broken_plugins_of_every_kind(group, tmp_path, monkeypatch):
+    """Each is named in a sentence where it is asked for, is a warning where all are loaded, and stops nobody else."""
+    from interp.families import families, find_family
+    from interp.interventions import from_spec
+    from interp.scoring import find_metric, list_metrics
+    from tests.families.pipelines import tiny
+
+    find = {
+        "interp.probes": find_probe,
+        "interp.metrics": find_metric,
+        "interp.interventions": lambda name: from_spec({"name": name}),
+        "interp.families": lambda name: families()[name],
+    }[group]
+    bad = {"raises": "raise RuntimeError('no device')", "syntax": "def", "exits": "import sys; sys.exit(3)"}
+    wrong = {"a_class": "class a_class:\n    pass", "a_number": "a_number = 3"}
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, code in (bad | wrong).items():
+        (tmp_path / f"bad_{name}.py").write_text(code + "\n")
+    entries = {name: f"bad_{name}:{name}" for name in bad | wrong} | {"absent": "no_such_module_at_all:x"}
+    write_dist_info(tmp_path, "bad-plugins", group, entries)
+    for name in entries:
+        with (
+            pytest.warns(RuntimeWarning) if group == "interp.families" else nullcontext(),
+            pytest.raises(KeyError if group == "interp.families" else InterpError, match=f"'{name}'"),
+        ):
+            find(name)
+    if group == "interp.families":
+        with pytest.warns(RuntimeWarning) as caught:
+            found = find_family(tiny("sd1"))
+        texts = [str(w.message) for w in caught]
+        assert all(any(f"'{n}'" in t and "bad-plugins" in t and "left out" in t for t in texts) for n in entries)
+        assert found.name == "unet"
+    else:
+        assert find(GOOD[group])
+    listed = {"interp.probes": list_probes, "interp.metrics": list_metrics}.get(group, lambda: [])()
+    assert not listed or {*entries, GOOD[group]} <= {info.name for info in listed}
+
+
+def test_a_family_that_cannot_tell_is_a_warning():
+    from interp.families import find_family, trying
+    from interp.families.unet import UNetFamily
+    from tests.families.pipelines import tiny
+
+    class Confused(UNetFamily):
+        @classmethod
+        def matches(cls, pipe):
+            return pipe.no_such_part
+
+    with trying(Confused), pytest.warns(UserWarning, match="family Confused of .* failed to tell whether it describes"):
+        assert type(find_family(tiny("sd1"))) is UNetFamily
+
+
 def test_wrong_plugins_are_sentences(site):
-    with pytest.raises(InterpError, match="plugin 'number' is int, not a probe"):
+    with pytest.raises(InterpError, match="plugin 'number' is an object of type int, not a probe"):
         find_probe("number")
     with pytest.raises(InterpError, match="plugin 'misnamed' is a probe called 'sharpness'"):
         find_probe("misnamed")
@@ -98,9 +160,11 @@ def test_one_name_twice_is_an_error_that_names_both(site, tmp_path):
     write_dist_info(tmp_path, "other-probes", "interp.probes", {"sharpness": "other:thing"})
     with pytest.raises(InterpError, match=r"two plugins are called 'sharpness': .*other.*their-probes"):
         find_probe("sharpness")
-    with pytest.raises(InterpError, match="two plugins"):
-        load_plugins("interp.probes")
-    assert find_probe("frequency_energy") and len(list_probes()) > 4
+    write_dist_info(tmp_path, "third-probes", "interp.probes", {"frequency_energy": "their_probes:sharpness"})
+    with pytest.warns(RuntimeWarning, match="two plugins are called 'sharpness': .*; it is left out"):
+        loaded = load_plugins("interp.probes")
+    assert "sharpness" not in loaded and loaded["frequency_energy"].name == "frequency_energy"  # ours stays
+    assert find_probe("attention_mass") and len(list_probes()) > 4
 
 
 def test_the_same_distribution_found_twice_is_one(site, monkeypatch):
@@ -151,6 +215,8 @@ def test_files_that_are_no_use_are_sentences(tmp_path):
     (tmp_path / "none.py").write_text("from interp.probes.frequency import frequency_energy\n")
     (tmp_path / "bad.py").write_text("import no_such_module_at_all\n")
     (tmp_path / "syntax.py").write_text("def\n")
+    (tmp_path / "exits.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "class.py").write_text("class Probe:\n    pass\n")
     for name, text in (
         ("two.py", "several probes: ask for one of .*two.py:sharpness, .*two.py:other"),
         (
@@ -160,6 +226,8 @@ def test_files_that_are_no_use_are_sentences(tmp_path):
         ("none.py", 'has no probe: write @probe\\("none"\\)'),
         ("bad.py", "cannot be loaded: ModuleNotFoundError"),
         ("syntax.py", "cannot be loaded: SyntaxError"),
+        ("exits.py", "cannot be loaded: SystemExit: 3"),
+        ("class.py", "has no probe: write @probe"),
         ("absent.py", "no such file"),
     ):
         with pytest.raises(InterpError, match=text):

@@ -1,10 +1,17 @@
 """Measuring maps against masks: the measures by other formulas, and that what is measured is what the probe gives."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 import interp
-from interp.scenes.attribution import Scores, main, of_tokens, recorded, rival
+from interp.probes.rivals import log_odds
+from interp.scenes.attribution.__main__ import main
+from interp.scenes.attribution.pictures import recorded
+from interp.scenes.attribution.recipes import AGAINST, AVERAGES, DAAM, EVERY, SPREAD, Recipe, maps_of, strongest
+from interp.scenes.attribution.scores import CROSS, GEOMETRIC, MEAN_CROSS, WITH_SELF, Scores, choose, everything
 from interp.scenes.masks import THRESHOLDS, average_precision, intersection_over_union, pointing
 from interp.scenes.world import draw
 
@@ -17,12 +24,12 @@ def maps():
     masks[:, 0] = True
     smooth = random.normal(size=(40, 64)) + masks
     smooth[20:] = np.round(smooth[20:])  # ties
-    return smooth, masks
+    return torch.from_numpy(smooth), torch.from_numpy(masks)
 
 
 def test_average_precision_is_the_sum_over_recall_steps(maps):
     """Σ (R_n − R_{n−1}) P_n over the distinct values as thresholds, from the hottest down."""
-    for heat, mask, found in zip(*maps, average_precision(*maps), strict=True):
+    for heat, mask, found in zip(*(m.numpy() for m in (*maps, average_precision(*maps))), strict=True):
         total, before = 0.0, 0.0
         for threshold in sorted(set(heat), reverse=True):
             taken = heat >= threshold
@@ -32,15 +39,15 @@ def test_average_precision_is_the_sum_over_recall_steps(maps):
 
 
 def test_average_precision_of_known_cases():
-    mask = np.array([[True, True, False, False]])
+    mask = torch.tensor([[True, True, False, False]])
     cases = {(4, 3, 2, 1): 1.0, (1, 2, 3, 4): (1 / 3 + 2 / 4) / 2, (1, 1, 1, 1): 0.5}  # right, wrong, no idea: chance
     for heat, wanted in cases.items():
-        assert average_precision(np.array([heat], float), mask)[0] == pytest.approx(wanted)
+        assert average_precision(torch.tensor([heat]), mask).item() == pytest.approx(wanted)
 
 
 def test_overlap_and_pointing_are_those_of_sets(maps):
     overlap, points = intersection_over_union(*maps), pointing(*maps)
-    for i, (heat, mask) in enumerate(zip(*maps, strict=True)):
+    for i, (heat, mask) in enumerate(zip(*(m.numpy() for m in maps), strict=True)):
         scaled = (heat - heat.min()) / np.ptp(heat)
         inside = set(np.flatnonzero(mask))
         for k, threshold in enumerate(THRESHOLDS):
@@ -89,14 +96,72 @@ def test_what_is_measured_is_what_the_probe_gives():
                         [mask[4 * y : 4 * y + 4, 4 * x : 4 * x + 4].mean() > 0.5 for y in range(32) for x in range(32)]
                     )
         assert kinds == m.kinds and np.array_equal(masks, m.masks)
-        ours = run.probe("token_attribution", words=words, grid="32x32").word_map.values[0].reshape(len(words), -1)
-        np.testing.assert_allclose(rival(m, m.logs.mean((0, 1))), ours, atol=1e-4)
+        options = {"words": words, "grid": "32x32"}
+        ours = run.probe("token_attribution", **options).word_map.values[0].reshape(len(words), -1)
+        np.testing.assert_allclose(maps_of(m, [GEOMETRIC])[GEOMETRIC], ours, atol=1e-4)
         for level in range(
             len(LEVELS)
-        ):  # one at a time: the probe clamps what a cubic undershoots after its mean over steps
-            options = {"words": words, "grid": "32x32", "recipe": "daam", "normalize": "none", "steps": level}
+        ):  # one by one: the probe clamps what a cubic undershoots after its mean over steps
+            options |= {"recipe": "daam", "normalize": "none", "steps": level}
             theirs = run.probe("token_attribution", **options).word_map.values[0].reshape(len(words), -1)
-            np.testing.assert_allclose(of_tokens(m.raw[level].mean(0), m.wanted), theirs, atol=1e-6)
+            np.testing.assert_allclose(maps_of(m.part(levels=[level]), [DAAM])[DAAM], theirs, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return next(p for _, p in recorded(1, seed=4, levels=(300, 100)))
+
+
+def test_self_attention_is_that_of_a_run_and_spreads_without_gain(picture):
+    """Rows sum to one, so an even map stays as it is; walking twice is walking once, twice."""
+    near = picture.near.mean(0)
+    assert near.shape == (1024, 1024) and torch.allclose(near.sum(1), torch.ones(1024), atol=2e-3)
+    even, maps = torch.ones(1, 1024), torch.randn(2, 1024)
+    for name, spread in SPREAD.items():
+        assert torch.allclose(spread(picture, even), even, atol=1e-5), name
+    once = SPREAD["self-attention"]
+    assert torch.allclose(SPREAD["self-attention twice"](picture, maps), once(picture, once(picture, maps)), atol=1e-6)
+    by_hand = sum(near[:, k] * maps[0, k] for k in range(1024)) / near.sum(1)
+    assert torch.allclose(once(picture, maps)[0], by_hand, atol=1e-5)
+
+
+def test_rivals_are_those_of_the_probe():
+    random = np.random.default_rng(0)
+    own, words, shared = random.normal(size=(3, 5)), random.normal(size=(4, 5)), random.random((3, 4)) < 0.4
+    found = strongest(*map(torch.from_numpy, (own, words, shared)))
+    assert np.allclose(found, log_odds(own, words, shared))
+
+
+def test_heads_that_see_nothing_have_no_say_in_an_average_of_logarithms(picture):
+    """A head of even attention shifts every word alike: against other words, nothing changes but the scale."""
+    flat = torch.full_like(picture.raw[:, :1], 0.01)
+    more = replace(
+        picture, raw=torch.cat([picture.raw, flat], 1), logs=torch.cat([picture.logs, flat.log()], 1),
+        layer=np.append(picture.layer, 99), grid=np.append(picture.grid, 0),
+    )  # fmt: skip
+    units = picture.raw.shape[1]
+    for average, scale in (("geometric", units / (units + 1)), ("geometric, by contrast", 1)):
+        recipe = Recipe(average, "the strongest word", "as it is")
+        assert torch.allclose(maps_of(more, [recipe])[recipe], scale * maps_of(picture, [recipe])[recipe], atol=1e-4)
+
+
+def test_the_choosing_half_chooses(picture):
+    """Among all recipes the one with the highest average precision, with self-attention only where that is allowed."""
+    scores = Scores()
+    found = everything(picture)
+    recipes = {n.recipe for n in found if hasattr(n, "recipe")}
+    assert recipes == set(EVERY) and len(recipes) == len(AVERAGES) * len(AGAINST) * len(SPREAD)
+    scores.add(0, picture, found)
+    rows = choose(scores).rows
+    for text, heads, walks in ((CROSS, "all", False), (WITH_SELF, "all", True), (MEAN_CROSS, "mean", False)):
+        precision = {
+            n: scores.of(n)[0].mean()
+            for n in found
+            if getattr(n, "heads", "") == heads and (walks or "self" not in n.recipe.spread)
+        }
+        assert precision[rows[text]] == max(precision.values())
+    heads = {n: scores.of(n)[0].mean() for n in found if n[:2] == ("mean", "head")}
+    assert heads[rows["best head, mean"]] == max(heads.values()) and len(heads) == picture.raw.shape[1]
 
 
 def test_the_program_writes_its_tables(tmp_path):
@@ -104,20 +169,28 @@ def test_the_program_writes_its_tables(tmp_path):
     text = (tmp_path / "tables.md").read_text()
     assert "3 pictures chose, 3 with" in text
     for line in (
-        "| mean of all |",
+        "| DAAM: mean of all |",
         "| best head, log-odds (",
-        "| heads weighted, mean |",
+        "| heads weighted by the choosing half, mean |",
+        "| chosen, self-attention allowed, noise levels up to 300 |",
         "| 9 `up_blocks.0.attentions.1` |",
     ):
         assert line in text, line
-    numbers = [float(cell) for line in text.splitlines() if line.startswith("| 0 ") for cell in line.split("|")[2:-1]]
-    assert len(numbers) == 10 and all(0 <= n <= 1 for n in numbers)
+    for measure in ("average precision", "pointing", "mIoU"):
+        assert text.count(f"| log-odds, {measure} | 300 | 100 | all |") == 1
+    numbers = [
+        float(cell)
+        for line in text.splitlines()
+        if line.startswith(("| 0 ", "| all "))
+        for cell in line.split("|")[2:-1]
+        if cell.strip()
+    ]
+    assert len(numbers) == 6 * (3 + 2) + 3 * 4 and all(0 <= n <= 1 for n in numbers)
 
 
-def test_scores_of_perfect_maps_are_one():
-    m = next(m for _, m in recorded(1, seed=4, levels=(100,)))
-    scores = Scores()
-    scores.add(0, m, {"truth": m.masks.astype(float), "untruth": -m.masks.astype(float)})
+def test_scores_of_perfect_maps_are_one(picture):
+    scores, truth = Scores(), picture.masks.double()
+    scores.add(0, picture, {"truth": truth, "untruth": -truth})
     precision, point, overlap = scores.of("truth")
     assert (precision == 1).all() and (point == 1).all() and (overlap == 1).all()
     assert scores.precision("untruth") < 0.5

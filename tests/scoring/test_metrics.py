@@ -1,5 +1,7 @@
 """The built-in metrics against formulas written out, the bundled CLIP, and tiny models with random weights."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,107 @@ def test_what_is_not_installed_is_named(run, metric, needs):
         with pytest.raises(InterpError, match=f"{metric} needs .*{needs}") as error:
             score(run, metric)
         assert "\n" not in str(error.value)
+
+
+def backbone(name):
+    """The features of torchvision's alexnet, vgg16 and squeezenet1_1, by their papers, with random weights."""
+    from torch import nn
+
+    def convolutions(*sizes):
+        channels, layers = 3, []
+        for size in sizes:
+            if size:
+                layers += [nn.Conv2d(channels, size, 3, padding=1), nn.ReLU()]
+                channels = size
+            else:
+                layers.append(nn.MaxPool2d(2))
+        return layers
+
+    class Fire(nn.Module):
+        def __init__(self, channels, squeezed, expanded):
+            super().__init__()
+            self.squeeze = nn.Conv2d(channels, squeezed, 1)
+            self.one, self.three = (nn.Conv2d(squeezed, expanded, k, padding=k // 2) for k in (1, 3))
+
+        def forward(self, x):
+            x = self.squeeze(x).relu()
+            return torch.cat([self.one(x), self.three(x)], 1).relu()
+
+    pool = nn.MaxPool2d(3, 2, ceil_mode=True)
+    torch.manual_seed(0)
+    if name == "alexnet":
+        first = [nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), pool, nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), pool]
+        then = [nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(), nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()]
+        return nn.Sequential(*first, *then, nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), pool)
+    if name == "vgg16":
+        wide = (0, 512, 512, 512)
+        return nn.Sequential(*convolutions(64, 64, 0, 128, 128, 0, 256, 256, 256, *wide, *wide, 0))
+    first = [nn.Conv2d(3, 64, 3, 2), nn.ReLU(), pool, Fire(64, 16, 64), Fire(128, 16, 64), pool]
+    then = [Fire(128, 32, 128), Fire(256, 32, 128), pool, Fire(256, 48, 192), Fire(384, 48, 192)]
+    return nn.Sequential(*first, *then, Fire(384, 64, 256), Fire(512, 64, 256))
+
+
+AFTER = {  # the layers whose outputs LPIPS compares
+    "alex": ("alexnet", (1, 4, 7, 9, 11)),
+    "vgg": ("vgg16", (3, 8, 15, 22, 29)),
+    "squeeze": ("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12)),
+}
+
+
+@pytest.mark.parametrize("network", AFTER)
+def test_lpips_is_that_of_the_paper(run, network, monkeypatch):
+    """Equation 1 of arXiv:1801.03924, its linear weights those that torchmetrics ships; backbones of random weights."""
+    import torchmetrics.functional.image.lpips as functional
+    from torchmetrics.image import lpip
+
+    monkeypatch.setattr(lpip, "_TORCHVISION_AVAILABLE", True)
+    monkeypatch.setattr(functional, "_get_tv_model_features", lambda name, pretrained: backbone(name))
+    found = score(run, "lpips", network=network, batch_size=4).scores.sel(metric="lpips:baseline").values
+    name, after = AFTER[network]
+    layers = backbone(name)
+    path = Path(functional.__file__).with_name("lpips_models") / f"{network}.pth"
+    weights = list(torch.load(path, weights_only=True).values())
+    shift, scale = (torch.tensor(v).view(1, 3, 1, 1) for v in ((-0.03, -0.088, -0.188), (0.458, 0.448, 0.45)))
+    x = (torch.from_numpy(run.images.values).permute(0, 3, 1, 2) / 127.5 - 1 - shift) / scale
+    wanted, features = torch.zeros(6), x
+    with torch.no_grad():
+        for k, layer in enumerate(layers):
+            features = layer(features)
+            if k in after:
+                unit = features / features.norm(dim=1, keepdim=True).clamp(min=1e-4)
+                gap = (unit - unit[[0, 1, 2, 0, 1, 2]]) ** 2
+                wanted += (weights[after.index(k)] * gap).sum(1).mean((1, 2))
+    assert found == pytest.approx(wanted.numpy(), rel=1e-3, abs=1e-6)
+    assert (found[:3] == 0).all() and (found[3:] > 0).all()
+
+
+def test_fid_of_inception_s_layers(run, monkeypatch):
+    """Which layer is asked for, and what it is given; the network itself is one of random weights."""
+    from torchmetrics.image import fid
+
+    class Inception(torch.nn.Module):
+        def __init__(self, name, features_list, **kwargs):
+            super().__init__()
+            asked.append(features_list)
+            torch.manual_seed(0)
+            self.layer = torch.nn.Conv2d(3, 64, 8, 8)
+            self.num_features = 64
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8 and x.shape[1] == 3
+            return self.layer(x.float() / 255).mean((2, 3))
+
+    asked = []
+    monkeypatch.setattr(fid, "_TORCH_FIDELITY_AVAILABLE", True)
+    monkeypatch.setattr(fid, "NoTrainInceptionV3", Inception)
+
+    def value(features):
+        attrs = score(run, "fid", features=features, again=True).tree["scores"].attrs
+        return attrs["by_condition"]["fid:baseline"]["late"]["value"]
+
+    assert value(64) == pytest.approx(value(Inception("", [])), rel=1e-6) and asked[0] == ["64"]
+    with pytest.raises(InterpError, match="features=65 is not possible; it is one of 64, 192, 768, 2048"):
+        value(65)
 
 
 def test_missing_torchmetrics_is_named(run, monkeypatch):
