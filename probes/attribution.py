@@ -24,6 +24,7 @@ from interp.probes.maps import (
 )
 from interp.probes.progress import counted
 from interp.probes.rivals import log_odds, logarithm
+from interp.probes.walking import walked, walks
 from interp.probes.words import Words, chosen_words
 from interp.stores.errors import InterpError
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from interp.stores import Run
 
 RECIPES = {"rival": "rival", "daam": "token"}  # and how each is normalised if nothing else is asked for
+SPREAD = {"rival": 1, "daam": 0}  # and how often its maps walk along self-attention, where the run has it
 NORMALIZE = {
     "rival": "nats (log-odds against the pixel's strongest other word)",
     "token": "1 (share of the pixel's attention to all captured tokens)",
@@ -50,6 +52,7 @@ def token_attribution(
     words: Sequence[str | tuple[str, int]] | str | None = None,
     recipe: str = "rival",
     normalize: str | None = None,
+    spread: int | None = None,
     grid: str = "latent",
 ) -> xr.Dataset:
     """Heat maps of each token and word of the prompt: by how much it wins a pixel (nats), or its share (1) as in DAAM.
@@ -57,7 +60,9 @@ def token_attribution(
     `recipe` "rival" averages the logarithms of the attention of every layer, head and step, on one grid: a geometric
     mean, in which a head that sees nothing anywhere has no say. From each word's map it takes, at each pixel, that of
     the strongest other word, so that what a pixel gives to every word alike is gone. Measured on true masks it finds
-    objects much better than "daam" (docs/attribution.md). A prompt of one word has the other tokens as rivals.
+    objects much better than "daam" (docs/attribution.md). A prompt of one word has the other tokens as rivals. Where the
+    run holds self-attention (`Capture(attention="all")`), each pixel then gets the mean of the pixels it looks at: a step
+    along self-attention, which finds objects better still.
     "daam" averages the attention itself: the maps of each layer and head over the steps, resized bicubically, clamped at
     0, averaged over heads and layers. Both use the conditional branch; a step where it was not evaluated is left out. A
     word's map is the mean of its sub-tokens' maps (of their logarithms), and so is a span's.
@@ -65,7 +70,8 @@ def token_attribution(
     Parameters: `steps` None (all captured), a step, several, a slice or "start:stop", half-open (late steps find
     objects best); `layers` None (all of all grids) or site names with wildcards; `words` None (all, in the prompt's
     order) or the words wanted, where "red" is the first red and ("red", 1) or "red#1" the second; `grid` "latent" (the
-    latents' size; without latents, the finest captured grid) or e.g. "32x32". `normalize`: None (the recipe's own),
+    latents' size; without latents, the finest captured grid) or e.g. "32x32"; `spread`, how many steps maps walk along the
+    self-attention of its finest grid (None: of "rival" one, if the run has it; 0 none). `normalize`: None (the recipe's own),
     "rival" subtracts the logarithm of the strongest other word; "token" divides by the sum over all captured tokens at
     each pixel (DAAM); "words" by that over the word tokens alone (DAAM's option); "space" makes each map sum to 1; "max"
     makes its maximum 1; "none" leaves attention probabilities.
@@ -75,9 +81,12 @@ def token_attribution(
     where a prompt has no such token or word; `mass` and `mass_per_token` (sample, step, layer, role) as in
     `attention_mass`; and, if captured, `image` (sample, thumb_y, thumb_x, rgb), thumbnails for the plot.
 
-    Raises InterpError for steps, layers or words that are not there, and for an unknown `recipe`, `normalize` or
-    `grid`. Source: Tang et al., "What the DAAM", arXiv:2210.04885 (whose code leaves out the coarsest grid: use
-    `layers`); "rival" is ours: a product of experts of the heads (Hinton 2002), and a margin.
+    attrs["spread"] is the number of steps walked.
+
+    Raises InterpError for steps, layers, words or self-attention that are not there, and for an unknown `recipe`,
+    `normalize` or `grid`. Source: Tang et al., "What the DAAM", arXiv:2210.04885 (whose code leaves out the coarsest grid: use
+    `layers`); "rival" is ours: a product of experts of the heads (Hinton 2002), and a margin; walking along
+    self-attention is known from segmentation (Wang et al., arXiv:2309.02773).
 
     >>> from interp.stores import synthetic_run
     >>> ds = token_attribution(synthetic_run(samples=2, steps=6, seed=0), recipe="daam")
@@ -94,6 +103,7 @@ def token_attribution(
     table = grids[0].table
     vocabulary, everyone = chosen_words(table, words), chosen_words(table, None)
     logs = recipe == "rival"
+    times, along = walks(run, spread, SPREAD[recipe], steps=steps)
     samples, tokens = table.sizes["sample"], table.sizes["token"]
     token_map = np.full((samples, tokens, height, width), np.nan)
     word_map = np.full((samples, vocabulary.text.shape[1], height, width), np.nan)
@@ -112,10 +122,13 @@ def token_attribution(
         worded = vocabulary.of(total, i)
         if normalize == "rival":
             both = (total, worded) if logs else (logarithm(total), logarithm(worded))
-            token_map[i], word_map[i] = _against_rivals(both[0], both[1], vocabulary, everyone, i)
+            both = _against_rivals(both[0], both[1], vocabulary, everyone, i)
         else:
             both = (np.exp(total), np.exp(worded)) if logs else (total, worded)
-            token_map[i], word_map[i] = _normalised(both[0], both[1], roles, normalize)
+        if along is not None and times:
+            chances = along.of(i)
+            both = walked(both[0], along, chances, times), walked(both[1], along, chances, times)
+        token_map[i], word_map[i] = both if normalize == "rival" else _normalised(both[0], both[1], roles, normalize)
     units = NORMALIZE[normalize]
     result = xr.Dataset(
         {
@@ -128,7 +141,7 @@ def token_attribution(
             **_mass_variables(grids, masses),
         },
         {**sample_labels(run), **_token_coords(table), **_mass_coords(grids), **vocabulary.coords()},
-        {"recipe": recipe, "normalize": normalize, "grid": f"{height}x{width}"},
+        {"recipe": recipe, "normalize": normalize, "spread": times, "grid": f"{height}x{width}"},
     )
     if "images" in run.tree.children and "thumb" in run.tree["images"].dataset:
         thumb = run.tree["images"].to_dataset()["thumb"].reset_coords(drop=True)
