@@ -175,7 +175,8 @@ def from_spec(spec: Mapping[str, Any]) -> Intervention:
         )
     name = str(values.pop("name", ""))
     cls = find_plugin(name, "interp.interventions")
-    if not (isinstance(cls, type) and issubclass(cls, Intervention) and is_dataclass(cls)):
+    usable = isinstance(cls, type) and issubclass(cls, Intervention) and is_dataclass(cls)
+    if not usable:
         raise InterpError(
             f"plugin {name!r} is {what_is(cls)}, no intervention: a frozen dataclass that is an Intervention"
         )

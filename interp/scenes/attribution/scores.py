@@ -94,8 +94,8 @@ def choose(scores: Scores) -> Choice:
         for what in ("layer", "layer and level", "head"):
             known = [n for n in scores.found if isinstance(n, Part) and n[:2] == (way, what)]
             rows[f"best {what}, {way}"] = scores.best(known)
-    heads = [n for n in scores.found if isinstance(n, Part) and n[:2] == ("log-odds", "head")]
-    above = np.array([scores.precision(n) for n in heads]) - np.mean(scores.chance)
+    single = [n for n in scores.found if isinstance(n, Part) and n[:2] == ("log-odds", "head")]
+    above = np.array([scores.precision(n) for n in single]) - np.mean(scores.chance)
     return Choice(rows, np.maximum(above, 0) ** 2 + 1e-12)
 
 
