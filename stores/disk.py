@@ -17,7 +17,7 @@ from interp.stores.growth import grow_files
 from interp.stores.identity import read_root
 from interp.stores.lock import RunLock
 from interp.stores.schema import Layout, TokenTable
-from interp.stores.shards import ShardFile
+from interp.stores.shards import Encoded, ShardFile, encoded
 from interp.stores.skeleton import chunk_file
 from interp.stores.status import naming, read_status, write_rows
 from interp.stores.writer import RunWriter
@@ -166,7 +166,8 @@ class DiskWriter(RunWriter):
 
     def _send(self, i: int, name: str, start: int, block: "np.ndarray | Block") -> None:
         if isinstance(block, Block):
-            self._background.submit(partial(self._write_steps, i, name, start, block), block.nbytes)
+            chunks = encoded(block, self._places[name])  # which begins at once, while earlier ones are written
+            self._background.submit(partial(self._write_steps, i, name, start, block, chunks), 2 * block.nbytes)
         elif self._is_batched(name):
             self._rows.setdefault(i, {})[name] = block
         else:
@@ -193,13 +194,13 @@ class DiskWriter(RunWriter):
 
     # What follows runs in the background thread.
 
-    def _write_steps(self, i: int, name: str, start: int, block: Block) -> None:
+    def _write_steps(self, i: int, name: str, start: int, block: Block, chunks: Encoded) -> None:
         with naming(self._target(i, name)):
             shard = self._shards.get((i, name))
             if shard is None:
                 shard = ShardFile(self._partial(name, i), self._target(i, name), self._places[name])
                 self._shards[i, name] = shard
-            shard.add(start, block)
+            shard.add(start, block, chunks)
         key = (self._places[name].inner or (), block.shape, block.chunks.dtype.name)
         spare = self._spare.setdefault(key, deque(maxlen=SPARE))
         spare.append(block)

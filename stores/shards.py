@@ -23,11 +23,23 @@ from interp.stores.files import publish, write_back
 MISSING = np.uint64(2**64 - 1)
 POOLED_BYTES = 1 << 20
 """Blocks larger than this are encoded by several threads; the codec leaves Python's lock alone."""
+ENCODERS = min(4, max(1, (os.cpu_count() or 1) // 2))
+
+Encoded = Iterable[tuple[bytes | memoryview, bytes]]
+"""Of each chunk of a block, its bytes and their checksum."""
 
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(2, thread_name_prefix="interp-encode")
+    return ThreadPoolExecutor(ENCODERS, thread_name_prefix="interp-encode")
+
+
+def encoded(block: Block, placement: Placement) -> Encoded:
+    """Encode the chunks of a block: a large one from now on in other threads, a small one when it is iterated over."""
+    encoding = partial(encode_parts, compress=placement.compress)
+    if block.nbytes > POOLED_BYTES and len(block.places) > 1:
+        return _pool().map(encoding, block.chunks)
+    return map(encoding, block.chunks)
 
 
 class ShardFile:
@@ -51,18 +63,14 @@ class ShardFile:
             part = values[start : start + inner[0]]
             block = Block(part.shape, inner, values.dtype.name)
             block.set_all(part)
-            self.add(start, block)
+            self.add(start, block, encoded(block, self.placement))
 
-    def add(self, start: int, block: Block) -> None:
-        """Encode and append `block`, one sample's steps from `start` on."""
+    def add(self, start: int, block: Block, chunks: Encoded) -> None:
+        """Append `block`, one sample's steps from `start` on, of which `chunks` are encoded."""
         assert self.placement.inner is not None
         first, begun, once = start // self.placement.inner[1], self._offset, self.placement.inner[1] == 1
-        encoding = partial(encode_parts, compress=self.placement.compress)
-        encoded: Iterable[tuple[bytes | memoryview, bytes]] = map(encoding, block.chunks)
-        if block.nbytes > POOLED_BYTES and len(block.places) > 1:
-            encoded = _pool().map(encoding, block.chunks)
         with self.partial.open("ab", buffering=0) as file:
-            for place, (data, check) in zip(block.places, encoded, strict=True):
+            for place, (data, check) in zip(block.places, chunks, strict=True):
                 self._index[(0, first, *place)] = self._written(file, data, check, once=once)
             write_back(file.fileno(), begun, self._offset - begun)
 

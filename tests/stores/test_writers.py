@@ -1,7 +1,9 @@
 """Both writers keep the rules; what they write is the same tree; a stock reader agrees, for all shapes."""
 
+import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +113,66 @@ def test_the_queue_is_bounded_in_bytes():
     background.submit(lambda: None, 10_000)  # more than the limit, alone: enters
     background.close()
     assert background.peak == 10_000
+
+
+def test_a_mark_waits_for_what_came_before_it_and_for_what_that_put_off():
+    gate, done = threading.Event(), []
+    background = Background(limit=100, rest=lambda: done.append("rest"))
+    background.submit(gate.wait)
+    background.submit(lambda: done.append("job"))
+    wait = background.mark()
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive() and not done
+    gate.set()
+    waiting.join(5)
+    assert not waiting.is_alive() and done[:2] == ["job", "rest"]
+    background.submit(lambda: 1 / 0)
+    with pytest.raises(StoreError, match="division"):
+        background.mark()()
+    background.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files are read from /proc")
+def test_data_are_durable_before_their_names_and_names_before_the_status(tmp_path, monkeypatch):
+    path = tmp_path / "r.zarr"
+    durable, named, finished = set(), set(), set()
+    writer = create_run(path, small_layout(n=6))
+    there = set(path.rglob("*"))
+    sync, replace = os.fsync, Path.replace
+
+    def noted_sync(handle):
+        sync(handle)
+        durable.add(Path(f"/proc/self/fd/{handle}").readlink())
+
+    def noted_replace(self, target):
+        assert self in durable  # the data, before they get their name
+        if target.parent == path / "status/c":
+            rows = np.frombuffer(self.read_bytes()[:2], "int8")
+            check({2 * int(target.name) + k for k in np.flatnonzero(rows == 1)})
+        named.add(target)
+        durable.discard(self)
+        durable.discard(target.parent)  # its new name is not
+        return replace(self, target)
+
+    def check(samples):
+        finished.update(samples)
+        for i in samples:
+            for name in ("error", *writer.layout.arrays):
+                shared = writer._is_batched(name)
+                place = path / name / "c" / str(i // 2 if shared else i)
+                (file,) = (p for p in (place, *place.rglob("*")) if p.is_file())
+                assert file in named
+                new = [p for p in file.parents if path in p.parents and p not in there]
+                assert {file.parent, *new, *(p.parent for p in new)} <= durable, file
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    with writer:
+        for i in range(6):
+            write_sample(writer, i)
+    assert finished == set(range(6))
 
 
 def test_append_keeps_within_the_queue(tmp_path, monkeypatch):
