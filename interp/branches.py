@@ -36,11 +36,16 @@ def row_numbers(given: Held, kept: Held) -> list[int]:
     return [i for i, (branch, sample) in enumerate(pairs) if sample in kept.get(branch, ())]
 
 
+def numbers(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return whole numbers on a device, without waiting for it, as indexing with a list would."""
+    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+
+
 def take_rows(tensor: torch.Tensor, index: Sequence[int]) -> torch.Tensor:
     """Return some rows: a view where they follow each other."""
     if index and list(index) == list(range(index[0], index[0] + len(index))):
         return tensor[index[0] : index[0] + len(index)]
-    return tensor[torch.tensor(index, dtype=torch.long, device=tensor.device)]
+    return tensor.index_select(0, numbers(index, tensor.device))
 
 
 def keep_rows(tree: Any, rows: int, index: Sequence[int]) -> Any:
@@ -76,5 +81,4 @@ def spread(tensor: torch.Tensor, members: tuple[int, ...], samples: int) -> torc
     if len(members) == samples:
         return tensor
     whole = torch.full((samples, *tensor.shape[1:]), float("nan"), dtype=tensor.dtype, device=tensor.device)
-    whole[list(members)] = tensor
-    return whole
+    return whole.index_copy_(0, numbers(members, tensor.device), tensor)

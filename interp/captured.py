@@ -61,7 +61,7 @@ class SiteCapture:
         if isinstance(self.cells, tuple):
             return tensor.detach()[(..., *self.cells)].clone()
         if self.cells is not None:
-            index = torch.from_numpy(self.cells).to(tensor.device)
+            index = torch.from_numpy(self.cells).to(tensor.device, non_blocking=True)
             return tensor.detach().index_select(1 + self.dims.index("position"), index)
         return tensor.detach().clone()
 

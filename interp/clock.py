@@ -45,16 +45,28 @@ class Timeline:
         return 1 if self.evaluations is None else int(self.evaluations[step])
 
 
-@dataclass(frozen=True)
-class StepEnd:
-    """What `scheduler.step` saw: latents (rows, channel, y, x) before and after, and the guided model output."""
+@dataclass(frozen=True, kw_only=True)
+class StepStart:
+    """What `scheduler.step` is about to read: latents (rows, channel, y, x) and the guided model output."""
 
     step: int
-    timestep: float
+    time: torch.Tensor | float
+    """The timestep as the pipeline gives it, on any device."""
     latents: torch.Tensor
     model_output: torch.Tensor
-    next_latents: torch.Tensor
     evaluation: int
+
+    @property
+    def timestep(self) -> float:
+        """The timestep as a number, for which a GPU has to be waited for."""
+        return float(self.time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEnd(StepStart):
+    """What `scheduler.step` has read, and the latents (rows, channel, y, x) that it gave."""
+
+    next_latents: torch.Tensor
 
 
 def is_first_evaluation(scheduler: Any) -> bool:
@@ -130,9 +142,13 @@ class Clock:
     """
 
     def __init__(
-        self, scheduler: Any, on_step: Callable[[StepEnd], None], next_latents: Callable[[Any], torch.Tensor]
+        self,
+        scheduler: Any,
+        before_step: Callable[[StepStart], None],
+        on_step: Callable[[StepEnd], None],
+        next_latents: Callable[[Any], torch.Tensor],
     ) -> None:
-        self.on_step, self.next_latents = on_step, next_latents
+        self.before_step, self.on_step, self.next_latents = before_step, on_step, next_latents
         self.step = self.evaluation = self._calls = 0
         self._times: list[float] = []
         self._undo: list[Callable[[], None]] = []
@@ -150,11 +166,17 @@ class Clock:
         def observed_step(this: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             if this is not scheduler:
                 return step(this, model_output, timestep, sample, *args, **kwargs)
-            before = sample.clone()  # some schedulers work in place
+            start = StepStart(
+                step=self.step,
+                time=timestep,
+                latents=sample.clone(),  # some schedulers work in place
+                model_output=model_output,
+                evaluation=self.evaluation,
+            )
+            self.before_step(start)  # first: many schedulers wait for the device, and work given before that is hidden
             out = step(this, model_output, timestep, sample, *args, **kwargs)
-            after = self.next_latents(out)
             self._calls += 1
-            self.on_step(StepEnd(self.step, float(timestep), before, model_output, after, self.evaluation))
+            self.on_step(StepEnd(**vars(start), next_latents=self.next_latents(out)))
             if is_first_evaluation(this):
                 self.step, self.evaluation = self.step + 1, 0
             else:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from interp.branches import Held, split_held, take_rows
+from interp.branches import Held, numbers, split_held, take_rows
 from interp.errors import InterpError
 
 Guide = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -102,6 +102,5 @@ class Evaluation:
         parts = {b: take_rows(part, [members.index(s) for s in both]) for b, (members, part) in self._ran.items()}
         guided = guide(parts["uncond"], parts["cond"], self.scale)
         targets = [i for i, (_, sample) in enumerate(own) if sample in both]
-        rows = rows.clone()
-        rows[targets] = guided[[both.index(own[i][1]) for i in targets]].to(rows)
-        return rows
+        chosen = take_rows(guided, [both.index(own[i][1]) for i in targets]).to(rows)
+        return rows.index_copy(0, numbers(targets, rows.device), chosen)

@@ -18,7 +18,7 @@ import torch
 from interp.branches import Held, row_numbers, split_held, stack_rows, stand_ins, take_rows
 from interp.calls import At, DenoiserCall, Prediction
 from interp.catalog import attention_sites, match_sites, split_site
-from interp.clock import Clock, StepEnd
+from interp.clock import Clock, StepEnd, StepStart
 from interp.compiling import plain, run_eagerly
 from interp.errors import InterpError
 from interp.evaluation import Evaluation
@@ -73,6 +73,7 @@ class HookRegistry:
         self._attention: dict[str, list[Callable[[AttentionCall, DenoiserCall], None]]] = {}
         self._call_edits: list[Callable[[DenoiserCall], None]] = []
         self._predictions: list[Callable[[Prediction], None]] = []
+        self._step_starts: list[Callable[[StepStart], None]] = []
         self._step_ends: list[Callable[[StepEnd], None]] = []
         self._undo: list[Callable[[], None]] = []
         self._hooked: set[str] = set()
@@ -113,6 +114,10 @@ class HookRegistry:
     def on_prediction(self, fn: Callable[[Prediction], None]) -> None:
         """Call `fn` with what the denoiser evaluated, branch by branch."""
         self._predictions.append(fn)
+
+    def before_step(self, fn: Callable[[StepStart], None]) -> None:
+        """Call `fn` before each `scheduler.step`, when all that the denoiser gave in the step is known."""
+        self._step_starts.append(fn)
 
     def on_step(self, fn: Callable[[StepEnd], None]) -> None:
         """Call `fn` after each `scheduler.step`."""
@@ -169,7 +174,10 @@ class HookRegistry:
         if self._undo:
             raise InterpError("this HookRegistry is active already; make a new one for a nested context")
         self._clock = Clock(
-            self.pipe.scheduler, self._end_step, lambda out: self.family.next_latents(out, self._known())
+            self.pipe.scheduler,
+            self._start_step,
+            self._end_step,
+            lambda out: self.family.next_latents(out, self._known()),
         )
         self._undo.append(self._clock.close)
         self._undo.append(self._observer.close)
@@ -355,13 +363,19 @@ class HookRegistry:
             _RUNNING.reset(token)
             self._call = None
 
-    def _end_step(self, end: StepEnd) -> None:
+    def _start_step(self, start: StepStart) -> None:
         self._evaluation.end()
         self._passes = 0
-        arguments = self._known()
+        if self._step_starts:
+            latents, output = (self.family.unpack(x, self._known()) for x in (start.latents, start.model_output))
+            start = replace(start, latents=latents, model_output=output)
+        for fn in self._step_starts:
+            fn(start)
+
+    def _end_step(self, end: StepEnd) -> None:
         if self._step_ends:
             latents, following, output = (
-                self.family.unpack(x, arguments) for x in (end.latents, end.next_latents, end.model_output)
+                self.family.unpack(x, self._known()) for x in (end.latents, end.next_latents, end.model_output)
             )
             end = replace(end, latents=latents, next_latents=following, model_output=output)
         for fn in self._step_ends:

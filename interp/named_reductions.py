@@ -52,7 +52,9 @@ def _entropy(probs: torch.Tensor, place: Place) -> torch.Tensor:
 def _role_mass(probs: torch.Tensor, place: Place) -> torch.Tensor:
     assert place.roles is not None
     length = probs.shape[-1]
-    roles = F.pad(place.roles.to(probs.device), (0, length - place.roles.shape[1]), value=-1)[:, :length]
+    roles = F.pad(place.roles.to(probs.device, non_blocking=True), (0, length - place.roles.shape[1]), value=-1)[
+        :, :length
+    ]
     chosen = torch.stack([roles == i for i in range(len(ROLES))], -1).to(probs)  # (sample, key, role)
     return torch.einsum("shk,skr->shr", probs.mean(-2), chosen)
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from interp.branches import spread
+from interp.branches import numbers, spread
 from interp.capture import AttentionPart
 from interp.captured import UPDATE, ReduceCapture, SiteCapture, attention_groups, site_node
-from interp.clock import StepEnd
+from interp.clock import StepEnd, StepStart
 from interp.encoder_states import fitted, hidden_states
 from interp.errors import InterpError
 from interp.hooks import At, DenoiserCall, HookRegistry, Prediction
@@ -28,6 +28,7 @@ from interp.stores.table import ROLES
 from interp.tokens import TokenSelection
 
 BRANCHES = ("cond", "uncond")
+TIMESTEP = "timestep"
 
 
 class Recorder:
@@ -94,6 +95,7 @@ class Recorder:
             for source in wanted.sources:
                 self.hooks.read(source, partial(self._on_site, wanted))
         self.hooks.on_prediction(self._on_prediction)
+        self.hooks.before_step(self._before_step)
         self.hooks.on_step(self._on_step)
         if self.plan.capture.text:
             self.hooks.on_call(self._on_call)
@@ -148,43 +150,52 @@ class Recorder:
 
     def _on_step(self, end: StepEnd) -> None:
         self._final = end.next_latents
-        self._name_branches(end)
-        if end.evaluation:
+
+    def _before_step(self, start: StepStart) -> None:
+        """Send off what the step has shown: a scheduler may wait for the device, which then has this to do, too."""
+        self._name_branches(start)
+        if start.evaluation:
             return
-        if end.step >= len(self.plan.timeline):
+        if start.step >= len(self.plan.timeline):
             raise InterpError(
                 f"the pipeline runs more than the {len(self.plan.timeline)} steps that its scheduler announced; "
                 "record one call at a time, without changing the scheduler inside it"
             )
-        planned = float(self.plan.timeline.timestep[end.step])
-        if abs(end.timestep - planned) > 1e-3 * max(1.0, abs(planned)):
-            raise InterpError(
-                f"step {end.step} is at timestep {end.timestep:g}, but {planned:g} was planned; the scheduler was changed, or "
-                "the pipeline sets its timesteps in a way that its family does not know"
-            )
         self._steps += 1
         parcel: dict[str, torch.Tensor] = {}
+        if not isinstance(start.time, torch.Tensor) or start.time.device.type == "cpu":
+            self._check_time(start.step, start.timestep)
+        else:  # known without waiting when the parcel arrives
+            parcel[TIMESTEP] = start.time.reshape(1)
         if self.plan.capture.latents:
-            parcel["trajectory/latents"] = end.latents.float()
+            parcel["trajectory/latents"] = start.latents.float()
         if self.plan.capture.noise_pred:
             predicted = {b: t.float() for b, t in self._noise.items()}
-            parcel["trajectory/noise_pred"] = _branches(predicted, BRANCHES, end.latents.float())
+            parcel["trajectory/noise_pred"] = _branches(predicted, BRANCHES, start.latents.float())
         parcel["trajectory/guidance_scale"] = self._applied_guidance()
-        if end.step in self._kept:
-            parcel |= self._reduced(end.step)
+        if start.step in self._kept:
+            parcel |= self._reduced(start.step)
         self._calls.clear()
         self._values.clear()
         self._noise = {}
         self._evaluated, self._scale = {}, None
-        self._outbox.send(parcel, self._append)
+        self._outbox.send(parcel, partial(self._append, start.step))
 
-    def _name_branches(self, end: StepEnd) -> None:
+    def _check_time(self, step: int, timestep: float) -> None:
+        planned = float(self.plan.timeline.timestep[step])
+        if abs(timestep - planned) > 1e-3 * max(1.0, abs(planned)):
+            raise InterpError(
+                f"step {step} is at timestep {timestep:g}, but {planned:g} was planned; the scheduler was changed, or the "
+                "pipeline sets its timesteps in a way that its family does not know"
+            )
+
+    def _name_branches(self, start: StepStart) -> None:
         """Give numbered branches their names, which a step's first evaluation tells."""
         if not any(b.startswith("#") for b in self._passes):
             return
-        if end.evaluation == 0:
+        if start.evaluation == 0:
             try:
-                self._names = self.hooks.family.name_branches(self._noise, end.model_output)
+                self._names = self.hooks.family.name_branches(self._noise, start.model_output)
             except InterpError:
                 if self.plan.capture.noise_pred or self.plan.sites:
                     raise
@@ -308,7 +319,9 @@ class Recorder:
             found[branch] = torch.tensor([[*map(ROLES.index, r), *[-1] * (width - len(r))] for r in roles])
         return found
 
-    def _append(self, arrays: dict[str, np.ndarray]) -> None:
+    def _append(self, step: int, arrays: dict[str, np.ndarray]) -> None:
+        if TIMESTEP in arrays:
+            self._check_time(step, float(arrays.pop(TIMESTEP)[0]))
         for name, values in arrays.items():
             for row, i in self._written:
                 self.writer.append(i, name, values[row])
@@ -394,8 +407,7 @@ def _branches(parts: dict[str, torch.Tensor], wanted: Sequence[str], like: torch
 def _at_layers(part: torch.Tensor, ran: list[int], layers: int) -> torch.Tensor:
     """Return (sample, layer, …) with NaN for the layers that did not run."""
     whole = part.new_full((len(part), layers, *part.shape[2:]), float("nan"))
-    whole[:, ran] = part
-    return whole
+    return whole.index_copy_(1, numbers(ran, part.device), part)
 
 
 def pictures(output: Any) -> np.ndarray | None:

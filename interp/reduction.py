@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from interp.branches import numbers
 from interp.kernels import AttentionCall
 from interp.tokens import TokenSelection
 
@@ -65,7 +66,7 @@ class AttentionReducer:
                 blocks = []
                 for queries in _blocks(layers[part[0]]):
                     probs = _probabilities([replace(layers[i], queries=queries) for i in part])
-                    blocks.append(probs.mean(2, keepdim=True) if self.heads is None else probs[:, :, self.heads])
+                    blocks.append(self._of_heads(probs))
                 probs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)  # (layer, sample, head, query, key)
                 for i, layer in zip(part, self.columns(probs, layers[part[0]].members), strict=True):
                     reduced[i] = layer.to(self.dtype)
@@ -75,6 +76,14 @@ class AttentionReducer:
             return stacked.unflatten(-1, self.keys).unflatten(-3, (height, width))
         return stacked.unflatten(-1, (height, width))
 
+    def _of_heads(self, probs: torch.Tensor) -> torch.Tensor:
+        """Average or choose heads: (layer, sample, head, query, key)."""
+        if self.heads is None:
+            return probs.mean(2, keepdim=True)
+        if self.heads == list(range(probs.shape[2])):
+            return probs
+        return probs.index_select(2, numbers(self.heads, probs.device))
+
     def columns(self, probs: torch.Tensor, members: tuple[int, ...] | None = None) -> torch.Tensor:
         """Select tokens: (layer, sample, head, query, key) → (layer, sample, head, token, image position)."""
         if self._positions is None:
@@ -83,13 +92,17 @@ class AttentionReducer:
             probs = probs.transpose(-1, -2)
         layers, _, heads, length, image = probs.shape
         chosen = slice(None) if members is None else list(members)
-        positions = self._positions[chosen].to(probs.device)
+        positions = self._positions[chosen]
         unused = (positions < 0) | (positions >= length)  # the branch without text may be shorter
-        index = positions.clamp(0, length - 1)[None, :, None, :, None].expand(layers, -1, heads, -1, image)
-        columns = probs.gather(-2, index).masked_fill(unused[None, :, None, :, None], float("nan"))
+        index, unused = (  # small, so they go with the launch, and nothing waits for the device
+            t[None, :, None, :, None].to(probs.device, non_blocking=True)
+            for t in (positions.clamp(0, length - 1), unused)
+        )
+        columns = probs.gather(-2, index.expand(layers, -1, heads, -1, image)).masked_fill(unused, float("nan"))
         if self._pads is not None:
             pads = self._pads[chosen]
-            pads = torch.nn.functional.pad(pads, (0, length - pads.shape[-1])).to(probs.device)
+            pads = torch.nn.functional.pad(pads, (0, length - pads.shape[-1]))
+            pads = pads.to(probs.device, non_blocking=True)
             summed = (probs * pads[None, :, None, :, None]).sum(-2, keepdim=True)
             summed = summed.masked_fill(~pads.any(-1)[None, :, None, None, None], float("nan"))
             columns = torch.cat([columns[..., :-1, :], summed], dim=-2)

@@ -35,7 +35,7 @@ class Cells:
         """Return the kernel call with these queries alone; the grid's first position is the query `start`."""
         some = call.probs if call.probs is not None else call.query
         assert some is not None
-        index = torch.from_numpy(start + self.positions).to(some.device)
+        index = torch.from_numpy(start + self.positions).to(some.device, non_blocking=True)
         mask = call.mask
         if mask is not None and mask.shape[-2] > 1:
             mask = mask.index_select(-2, index)

@@ -12,8 +12,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.machinery import ModuleSpec
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -63,9 +64,20 @@ def plugins(group: str) -> list[Plugin]:
     """
     found = {
         Plugin(e.name, e.value, e.dist.name if e.dist else "an unknown distribution", group)
-        for e in entry_points(group=group)
+        for e in _entries(group, _places())
     }
     return sorted(found, key=lambda p: (p.name, p.distribution, p.target))
+
+
+def _places() -> tuple[tuple[str, int], ...]:
+    """Where distributions are looked for, and when something was last installed or removed there."""
+    return tuple((p, Path(p).stat().st_mtime_ns) for p in sys.path if Path(p).is_dir())
+
+
+@lru_cache(maxsize=64)
+def _entries(group: str, places: tuple[tuple[str, int], ...]) -> EntryPoints:
+    """Read every distribution's metadata, which takes a while: once, until `places` change."""
+    return entry_points(group=group)
 
 
 def find_plugin(name: str, group: str) -> Any:
