@@ -1,7 +1,8 @@
-"""Tensors on their way to the host: asynchronous copies through pinned memory, a bounded number at a time."""
+"""Tensors on their way to the host: asynchronous copies through pinned memory, delivered by a thread, a few at a time."""
 
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,16 @@ Deliver = Callable[[dict[str, np.ndarray]], None]
 
 
 class Outbox:
-    """Copy tensors to the host without stopping the device; deliver them in order.
+    """Copy tensors to the host without stopping the device or the thread that feeds it; deliver them in order.
 
-    At most `depth` parcels are under way: then `send` waits for the oldest, so that memory stays bounded.
+    At most `depth` parcels are under way: then `send` waits for the oldest, so that memory stays bounded. What a delivery
+    raises is raised by a later `send`, or by `flush`.
     """
 
     def __init__(self, depth: int = 4) -> None:
         self.depth = depth
-        self._under_way: deque[tuple[Any, dict[str, torch.Tensor], Deliver]] = deque()
+        self._under_way: deque[Future[None]] = deque()
+        self._thread: ThreadPoolExecutor | None = None
 
     def send(self, tensors: dict[str, torch.Tensor], deliver: Deliver) -> None:
         """Copy and, once the copies have arrived, call `deliver` with arrays of the same names."""
@@ -32,16 +35,24 @@ class Outbox:
             host[name].copy_(tensor.detach(), non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._under_way.append((event, host, deliver))
+        self._thread = self._thread or ThreadPoolExecutor(1, "interp-outbox")
+        self._under_way.append(self._thread.submit(_arrive, event, host, deliver))
         while len(self._under_way) > self.depth:
-            self._deliver_oldest()
+            self._under_way.popleft().result()
 
     def flush(self) -> None:
         """Wait for everything under way."""
         while self._under_way:
-            self._deliver_oldest()
+            self._under_way.popleft().result()
 
-    def _deliver_oldest(self) -> None:
-        event, host, deliver = self._under_way.popleft()
-        event.synchronize()
-        deliver({name: t.numpy() for name, t in host.items()})
+    def close(self) -> None:
+        """Drop what has not begun to be delivered, and end the thread: nothing is written after this."""
+        self._under_way.clear()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+
+
+def _arrive(event: Any, host: dict[str, torch.Tensor], deliver: Deliver) -> None:
+    event.synchronize()
+    deliver({name: t.numpy() for name, t in host.items()})

@@ -95,6 +95,7 @@ class Recorder:
             for source in wanted.sources:
                 self.hooks.read(source, partial(self._on_site, wanted))
         self.hooks.on_prediction(self._on_prediction)
+        self.hooks.on_exit(self._outbox.close)
         self.hooks.before_step(self._before_step)
         self.hooks.on_step(self._on_step)
         if self.plan.capture.text:
