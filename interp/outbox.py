@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +28,7 @@ class Outbox:
             self.flush()
             deliver({name: t.detach().cpu().numpy() for name, t in tensors.items()})
             return
-        host = {}
-        for name, tensor in tensors.items():
-            host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            host[name].copy_(tensor.detach(), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        host, event = _copies(tensors)
         self._thread = self._thread or ThreadPoolExecutor(1, "interp-outbox")
         self._under_way.append(self._thread.submit(_arrive, event, host, deliver))
         while len(self._under_way) > self.depth:
@@ -53,6 +47,17 @@ class Outbox:
             self._thread = None
 
 
-def _arrive(event: Any, host: dict[str, torch.Tensor], deliver: Deliver) -> None:
+def _copies(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.cuda.Event]:
+    """Begin copies to pinned memory, and return them with the event after which they are there."""
+    host = {}
+    for name, tensor in tensors.items():
+        host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host[name].copy_(tensor.detach(), non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _arrive(event: torch.cuda.Event, host: dict[str, torch.Tensor], deliver: Deliver) -> None:
     event.synchronize()
     deliver({name: t.numpy() for name, t in host.items()})
