@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any, Literal
 
+from interp.capture_values import check_region, check_values
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import PARTS, AttentionSite, find_family
 from interp.named_reductions import NAMED, named
@@ -118,20 +118,7 @@ budget, mantissa
         for name in ("branches", "sites"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
-        wrong = [b for b in self.branches if b not in ("cond", "uncond")]
-        if wrong or not self.branches:
-            raise InterpError(f"Capture(branches={list(self.branches)}): a branch is 'cond' or 'uncond'")
-        for name, words, more in (
-            ("heads", ("mean", "all"), ", or a list of indices"),
-            ("tokens", ("prompt", "all"), ", or a list of positions, words and roles"),
-            ("dtype", ("float16", "float32"), ""),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, str) and value not in words:
-                choices = " or ".join(map(repr, words))
-                raise InterpError(f"Capture({name}={value!r}): choose {choices}{more}{nearest(value, words)}")
-        if self.text not in (True, False, "layers"):
-            raise InterpError(f"Capture(text={self.text!r}): choose True, False or 'layers'")
+        check_values(self)
         if isinstance(self.reduce, str | tuple):
             names = (self.reduce,) if isinstance(self.reduce, str) else self.reduce
             object.__setattr__(self, "reduce", {name: name for name in names})
@@ -142,8 +129,6 @@ budget, mantissa
                 raise InterpError(
                     f"Capture(reduce={{{name!r}: …}}): give a function, a name, or (glob over attention sites, one of these)"
                 )
-        if isinstance(self.steps, float) and not 0 < self.steps <= 1:
-            raise InterpError(f"Capture(steps={self.steps}): a share of the steps lies in (0, 1]")
         if self.region is not None:
             check_region(self.region, "Capture")
 
@@ -196,7 +181,10 @@ budget, mantissa
         if self.steps is None:
             return list(range(steps))
         if isinstance(self.steps, slice):
-            return list(range(steps))[self.steps]
+            chosen = list(range(steps))[self.steps]
+            if not chosen:
+                raise InterpError(f"Capture(steps={self.steps}): none of the run's steps 0–{steps - 1} is in it")
+            return chosen
         if isinstance(self.steps, float):
             kept = max(1, round(self.steps * steps))
             return sorted({round(i * (steps - 1) / max(1, kept - 1)) for i in range(kept)})
@@ -268,16 +256,6 @@ budget, mantissa
             for a, b, size in ((top, bottom, grid[0]), (left, right, grid[1]))
         )
         return rows, columns
-
-
-def check_region(region: Any, owner: str) -> None:
-    """Raise InterpError, naming its owner, unless this is (top, left, bottom, right) in fractions of the picture."""
-    whole = isinstance(region, tuple) and len(region) == 4 and all(isinstance(v, Real) for v in region)
-    if not whole or not (0 <= region[0] < region[2] <= 1 and 0 <= region[1] < region[3] <= 1):
-        raise InterpError(
-            f"{owner}(region={region!r}): give (top, left, bottom, right) in fractions of the picture, e.g. "
-            "(0, 0, 0.5, 1) for its upper half"
-        )
 
 
 def default_capture(pipe: Any) -> Capture:

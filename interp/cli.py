@@ -22,13 +22,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Trace, probe and intervene on text-to-image diffusion models. Start with: interp demo",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from interp import __version__
+
+        print(f"interp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Trace, probe and intervene on text-to-image diffusion models. Start with: interp demo"""
+
 
 Model = Annotated[str, typer.Argument(help="'scenes' (bundled), a local diffusers folder, or a Hub id.")]
 
 
-@app.command()
+@app.command(short_help="Figures of the bundled model, traced, probed and changed.")
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for run.zarr, the figures and index.html.")] = Path(
         "demo"
@@ -40,7 +57,7 @@ def demo(
     print(run_demo(out))
 
 
-@app.command()
+@app.command(short_help="Generate pictures and record what happens inside.")
 def trace(
     model: Model,
     prompts: Annotated[
@@ -102,7 +119,7 @@ def _list_metrics(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.command()
+@app.command(short_help="Score a run's pictures (alignment, distances, …).")
 def score(
     run: RunPath,
     metric: Annotated[
@@ -164,7 +181,7 @@ def _steps(text: str | None) -> Any:
         raise InterpError(f"--steps {text!r}: write '0:50:5', '0,10,20' or a share such as 0.2") from None
 
 
-@app.command()
+@app.command(short_help="Ask a question of a run.")
 def probe(
     name: Annotated[str, typer.Argument(help="A probe (interp probes lists them), FILE.py or FILE.py:NAME.")],
     run: RunPath,
@@ -206,7 +223,7 @@ def probe(
         print(f"wrote {path}", file=sys.stderr)
 
 
-@app.command()
+@app.command(short_help="List the installed probes.")
 def probes() -> None:
     """List the installed probes."""
     from interp.probes import list_probes
@@ -220,7 +237,7 @@ def _print_plugins(found: list[Any]) -> None:
         print(f"{p.name:<{width}}  {p.summary}\n{'':<{width}}  {p.source}")
 
 
-@app.command()
+@app.command(short_help="List what of a model can be recorded or changed.")
 def sites(
     model: Model,
     match: Annotated[str, typer.Option("--match", "-m", help="Glob over site names, e.g. '*attn2:probs'.")] = "*",
@@ -232,7 +249,7 @@ def sites(
 
 
 add_commands(app)
-app.command()(sweep)
+app.command(short_help="Try an intervention over sites, windows, ….")(sweep)
 add_command(app)
 
 

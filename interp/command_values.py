@@ -34,8 +34,19 @@ def read_intervention(text: str) -> Any:
     """Read `remove_text start=0.6`."""
     from interp.interventions import from_spec
 
-    name, *fields = shlex.split(text) or [""]
-    return from_spec({"name": name, **read_assignments(fields)})
+    name, fields = read_call(text)
+    return from_spec({"name": name, **fields})
+
+
+def read_call(text: str) -> tuple[str, dict[str, Any]]:
+    """Read `remove_text start=0.6` as a name and its fields."""
+    try:
+        name, *fields = shlex.split(text) or [""]
+    except ValueError as error:
+        raise InterpError(f"cannot read {text!r} ({str(error).lower()}): write 'name field=value …'") from None
+    if not name or "=" in name:
+        raise InterpError(f"cannot read {text!r}: write 'name field=value …', e.g. 'remove_text start=0.6'")
+    return name, read_assignments(fields)
 
 
 def read_conditions(texts: list[str]) -> dict[str, list[Any]]:
@@ -45,6 +56,8 @@ def read_conditions(texts: list[str]) -> dict[str, list[Any]]:
         name, colon, rest = text.partition(":")
         if not colon or not name.strip():
             raise InterpError(f"cannot read the condition {text!r}: write 'name: intervention field=value; …'")
+        if name.strip() in found:
+            raise InterpError(f"two conditions are called {name.strip()!r}; give each a name of its own")
         found[name.strip()] = [read_intervention(part) for part in rest.split(";") if part.strip()]
     return found
 

@@ -15,9 +15,9 @@ RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run: run.zarr, ru
 
 def add_commands(app: typer.Typer) -> None:
     """Add these commands to the command line."""
-    app.command(name="run")(run)
-    app.command()(info)
-    app.command()(verify)
+    app.command(name="run", short_help="Run a batch job from a file, or go on with it.")(run)
+    app.command(short_help="Say what a run holds and how it was made.")(info)
+    app.command(short_help="Check that a run is whole.")(verify)
 
 
 def run(

@@ -1,12 +1,11 @@
 """The command `interp sweep`."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from interp.command_values import read_assignments, read_intervention, read_seeds
+from interp.command_values import read_assignments, read_call, read_intervention, read_seeds
 from interp.errors import InterpError
 
 
@@ -46,8 +45,8 @@ def sweep(
     for name, values in grid.items():
         if not isinstance(values, list):
             raise InterpError(f"--over {name}={values}: write a list of values, e.g. '{name}=[a, b]'")
-    template, *fields = shlex.split(intervene) or [""]
-    spec = {"name": template, **read_assignments(fields)}
+    template, fields = read_call(intervene)
+    spec = {"name": template, **fields}
     ds = interp.sweep(
         model, table, over=grid, intervention=spec, metric=metric or DISTANCES, seeds=read_seeds(seeds), steps=steps,
         guidance_scale=guidance, corrupted=[read_intervention(c) for c in corrupt] if corrupt else None, store=out,

@@ -72,7 +72,10 @@ def draw(ds: xr.Dataset) -> Figure:
     title(balance, "Balance of the bands")
     for ax in (norms, ratios, balance):
         step_axis(ax)
-        legend(ax)
+    norms.set_ylim(top=1.3 * norms.get_ylim()[1])  # six curves leave no free corner for their names
+    norms.legend(fontsize=7, frameon=False, ncols=2, loc="upper center")
+    legend(ratios)
+    legend(balance)
     note(figure)
     return figure
 

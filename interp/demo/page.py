@@ -7,9 +7,12 @@ from pathlib import Path
 import pandas as pd
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-img { max-width: 100%; display: block; margin: 0.5rem 0; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 0.3rem; }
+:root { color-scheme: light; }
+body { font: 17px/1.55 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto 5rem; padding: 0 1.25rem; color: #1d1f21; }
+img { max-width: 100%; height: auto; display: block; margin: 0.6rem 0; }
+section { border-top: 1px solid #ddd; margin-top: 2.6rem; } ul { max-width: 46rem; padding-left: 1.2rem; }
+.wide { overflow-x: auto; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin: 1.4rem 0 0.3rem; }
 p { max-width: 46rem; margin: 0.3rem 0; } .facts { color: #555; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.8rem 0; }
 th, td { padding: 0.25rem 0.8rem; text-align: right; border-bottom: 1px solid #ddd; }
@@ -27,14 +30,15 @@ class Section:
     table: pd.DataFrame | None = None
 
 
-def write_page(path: Path, sections: list[Section], facts: str) -> None:
-    """Write the page; pictures are referred to by their names in the same folder."""
+def write_page(path: Path, sections: list[Section], facts: str, found: list[str]) -> None:
+    """Write the page, what was `found` first; pictures are referred to by their names in the same folder."""
+    told = "".join(f"<li>{escape(one)}</li>" for one in found)
     body = "".join(_section(s) for s in sections)
     path.write_text(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width"><title>interp demo</title><style>{STYLE}</style></head>'
         f"<body><h1>interp: one model traced, probed and intervened on</h1>"
-        f'<p class="facts">{escape(facts)}</p>{body}'
+        f'<p class="facts">{escape(facts)}</p><ul>{told}</ul>{body}'
         "<h2>Go on</h2><p>The data is in <code>run.zarr</code>: <code>interp info run.zarr</code>, "
         "<code>interp probe frequency_energy run.zarr --out energy.png</code>, or in Python "
         '<code>xr.open_datatree("run.zarr", engine="zarr")</code>.</p></body></html>\n',
@@ -44,9 +48,5 @@ def write_page(path: Path, sections: list[Section], facts: str) -> None:
 
 def _section(section: Section) -> str:
     pictures = "".join(f'<img src="{escape(p)}" alt="{escape(section.title)}">' for p in section.pictures)
-    table = (
-        ""
-        if section.table is None
-        else section.table.to_html(index=False, border=0, float_format=lambda v: f"{v:.2f}", na_rep="–")
-    )
+    table = "" if section.table is None else f'<div class="wide">{section.table.to_html(index=False, border=0)}</div>'
     return f"<section><h2>{escape(section.title)}</h2><p>{escape(section.text)}</p>{pictures}{table}</section>"

@@ -20,7 +20,7 @@ from interp.stores import Run, open_run
 from interp.tracing import BatchDone, trace
 
 PAIRS = [
-    ("a large red circle on a gray background", "a large blue star on a beige background"),
+    ("a large red circle on a gray background", "a large blue star on a navy background"),
     ("a large striped yellow square on a navy background", "a large checkered purple heart on a gray background"),
     ("a small green triangle left of a large orange ring", "a large pink moon above a small cyan cross"),
     ("a dotted cyan heart on a brown background", "a striped red square on a navy background"),
@@ -61,10 +61,10 @@ def run_demo(out: str | PathLike[str], *, steps: int | None = None) -> str:
     table = removal_table(run, seconds)
     table.to_csv(out / "text_removed.csv", index=False)
     sections = draw_sections(pipe, run, table, out)
-    write_page(out / "index.html", sections, _facts(pipe, run, steps))
+    write_page(out / "index.html", sections, _facts(pipe, run, steps), found(run, table))
     return "\n\n".join(
         [
-            table.to_string(index=False, float_format=lambda v: f"{v:.2f}", na_rep="–"),
+            shown(table).to_string(index=False),
             f"Done in {time.perf_counter() - began:.0f} s. Look at {out / 'index.html'}; the data is in "
             f'{out / "run.zarr"}, which plain xarray opens: xr.open_datatree("{out / "run.zarr"}", engine="zarr").',
         ]
@@ -150,6 +150,37 @@ def removal_table(run: Run, seconds: dict[str, float]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table as texts: passes and percentages as whole numbers, the rest with two digits."""
+    whole = ("text removed last %", "passes", "passes saved %", "seconds saved %")
+    return pd.DataFrame(
+        {
+            c: ["–" if v != v else f"{v:.0f}" if c in whole else f"{v:.2f}" for v in column]
+            for c, column in table.items()
+        }
+    )
+
+
+def found(run: Run, table: pd.DataFrame) -> list[str]:
+    """Say in a sentence each what the run shows, with its numbers."""
+    baseline = run.condition("baseline")
+    variation = baseline.probe("frequency_energy").variation.mean("sample")
+    middle = variation.isel(step=variation.sizes["step"] // 2)
+    low, high = (float(middle.sel(band=band)) for band in ("low", "high"))
+    mass = baseline.probe("attention_mass").mass.mean(["sample", "step", "layer"])
+    beyond = float(mass.sel(role=["eos", "pad"]).sum())
+    late = table.iloc[-2]
+    return [
+        f"Shape before detail: half-way, the low frequencies are {low:.2f} of their norm away from the final latent, the high "
+        f"ones {high:.2f}.",
+        f"Words get {float(mass.sel(role='word')):.0%} of the attention, end-of-text and its padding {beyond:.0%}, the start "
+        f"token {float(mass.sel(role='bos')):.0%}.",
+        f"The text has its say early: left out for the last {late['text removed last %']:.0f} % of the steps, it saves "
+        f"{late['passes saved %']:.0f} % of the forward passes, and the judge sees {late['judge']:.0%} of what was asked "
+        f"where it saw {table['judge'].iloc[0]:.0%} before.",
+    ]
+
+
 def draw_sections(pipe: Any, run: Run, table: pd.DataFrame, out: Path) -> list[Section]:
     """Draw every figure into `out`; return the page's sections in order."""
     from interp.probes import plot
@@ -176,7 +207,7 @@ def draw_sections(pipe: Any, run: Run, table: pd.DataFrame, out: Path) -> list[S
         ),
         Section(
             "Where each word looks",
-            "Cross-attention of every word, averaged over layers and steps, over the picture (grey). Words made of several "
+            "Cross-attention of every word, averaged over layers and steps, over the picture (gray). Words made of several "
             "tokens are merged.",
             ["words.png"],
         ),
@@ -195,14 +226,16 @@ def draw_sections(pipe: Any, run: Run, table: pd.DataFrame, out: Path) -> list[S
         Section(
             "The words of one prompt, the [EOS] of another",
             "In threes: the picture of prompt A, of prompt B, and of A's words followed by B's end-of-text states. "
-            + figures.swap_sentence(swap),
+            + figures.swap_sentence(swap)
+            + " Eight pictures do not decide it; with 512 the [EOS] is ahead (docs/reproduce.md, E4).",
             ["swap_pictures.png", "swap.png"],
         ),
         Section(
             "The text removed late",
-            "The same noise, with the text removed for the last part of the steps (the branch with text is not computed).",
+            "The same noise, with the text removed for the last part of the steps: the pass with text is really not computed. "
+            "One row a share of the steps; seconds are those of this machine.",
             ["removed.png"],
-            table,
+            shown(table),
         ),
     ]
 

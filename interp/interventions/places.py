@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from interp.capture import Capture, Region, check_region
+from interp.capture import Capture, Region
+from interp.capture_values import check_region
 from interp.captured import grid_of
 from interp.catalog import dry_run, match_sites, split_site
 from interp.errors import InterpError, nearest, sentence_list

@@ -114,6 +114,8 @@ def parse_seeds(text: str) -> list[int]:
         if not match:
             raise ValueError(f"cannot read the seeds {text!r}: write '0', '0,1,7' or '0-3'")
         first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"the seeds {text!r} run backwards: write the smaller one first")
         if last - first >= 1_000_000:
             raise ValueError(f"the seeds {text!r} are more than a million; write fewer")
         found += range(first, last + 1)

@@ -8,7 +8,7 @@ import typer
 
 def add_command(app: typer.Typer) -> None:
     """Add the command to the command line."""
-    app.command()(reproduce)
+    app.command(short_help="The experiments of arXiv:2405.15330, as a report.")(reproduce)
 
 
 def reproduce(

@@ -165,7 +165,7 @@ def render(draft: dict[str, Tensor], clouds: Tensor, grain: Tensor) -> tuple[Ten
 
 
 def _ink(color: Tensor, pattern: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Return an object's colour everywhere (scene, rgb, y, x): its own, crossed by its pattern in a darker one."""
+    """Return an object's color everywhere (scene, rgb, y, x): its own, crossed by its pattern in a darker one."""
     light = torch.tensor(COLOR_INK, device=x.device)[color][:, :, None, None]
     dark = torch.where((color == COLORS.index("black"))[:, None, None, None], light + 0.45, light * 0.35)
     f = 10 * math.pi
