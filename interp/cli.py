@@ -102,7 +102,7 @@ def trace(
         "capture": interp.Capture(**read_assignments(capture or [])),
         "interventions": [read_intervention(text) for text in intervene] if intervene else None,
         "conditions": read_conditions(condition) if condition else None,
-        "batch_size": batch_size or "auto",
+        "batch_size": "auto" if batch_size is None else batch_size,
     }
     if plan_only:
         print(interp.plan(model, table, **settings))
@@ -200,6 +200,8 @@ def probe(
     for path in out or []:
         if path.suffix not in (".png", ".csv", ".zarr"):
             raise InterpError(f"cannot write {str(path)!r}: the suffix must be .png, .csv or .zarr")
+        if any(parent.is_file() for parent in path.parents):
+            raise InterpError(f"cannot write {str(path)!r}: {str(path.parent)!r} is no folder")
         if path.suffix == ".zarr" and path.exists():
             raise InterpError(f"{str(path)!r} exists already; choose another path")
     opened = open_run(run)

@@ -107,11 +107,16 @@ def _frame(prompts: Any) -> pd.DataFrame:
 def _file(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise InterpError(f"no such prompt file: {str(path)!r}")
-    if path.suffix == ".csv":
-        return pd.read_csv(path, keep_default_na=False)
-    if path.suffix == ".jsonl":
-        return pd.read_json(path, lines=True)
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        if path.suffix == ".csv":
+            return pd.read_csv(path, keep_default_na=False)
+        if path.suffix == ".jsonl":
+            return pd.read_json(path, lines=True)
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:  # pandas' own errors, and bytes that are no UTF-8
+        kind = {".csv": "a table of comma-separated values", ".jsonl": "JSON lines"}.get(path.suffix, "UTF-8 text")
+        first = str(error).splitlines()[0]
+        raise InterpError(f"{str(path)!r} cannot be read as {kind} with a column 'prompt' ({first})") from None
     return pd.DataFrame({"prompt": [line for line in lines if line]})
 
 

@@ -44,6 +44,8 @@ def test_the_installed_command_runs() -> None:
     script = Path(sys.executable).with_name("interp")
     done = subprocess.run([script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "interp demo" in done.stdout
+    assert not any(line.endswith("...") for line in done.stdout.splitlines())  # no command is told in half a sentence
+    assert interp("--version").stdout.startswith("interp 0.")
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +138,16 @@ def test_dry_run_computes_nothing(tmp_path: Path) -> None:
         (["trace", "scenes", "a", "-o", "x.zarr", "--seeds", "one"], "cannot read the seeds"),
         (["trace", "scenes", "a " * 80, "-o", "x.zarr"], "these words would be cut"),
         (["trace", "scenes", "a", "-o", "folder"], "folder"),
+        (["trace", "scenes", "a", "-o", "x.zarr", "--intervene", "remove_text 'x"], "no closing quotation"),
+        (["trace", "scenes", "a", "-o", "x.zarr", "--intervene", "start=0.5"], "write 'name field=value"),
+        (["trace", "scenes", "a", "-o", "x.zarr", "--condition", "a:", "--condition", "a: remove_text"], "called 'a'"),
+        (["trace", "scenes", "a", "-o", "x.zarr", "--seeds", "3-1"], "run backwards"),
+        (["trace", "scenes", "a", "-o", "x.zarr", "--batch-size", "0"], "batch_size=0"),
+        (["trace", "scenes", "a", "-o", "x.zarr", "--capture", "steps=9"], "a list of step numbers such as [0, 5]"),
+        (["trace", "scenes", "a", "-o", "x.zarr", "--score", "clp"], "did you mean 'clip'"),
+        (["trace", "scenes", "empty.csv", "-o", "x.zarr"], "'empty.csv' cannot be read as a table"),
+        (["trace", "scenes", "bad.jsonl", "-o", "x.zarr"], "'bad.jsonl' cannot be read as JSON lines"),
+        (["probe", "frequency_energy", "RUN", "-o", "folder/thesis.txt/e.png"], "'folder/thesis.txt' is no folder"),
         (["probe", "frequency_enery", "RUN"], "did you mean 'frequency_energy'"),
         (["probe", "frequency_energy", "RUN", "-p", "low=1"], "low"),
         (["probe", "eos_replacement", "RUN"], "eos"),
@@ -146,6 +158,8 @@ def test_dry_run_computes_nothing(tmp_path: Path) -> None:
 def test_a_mistake_is_one_sentence_and_code_2(words: list[str], sentence: str, run: Path, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "thesis.txt").write_text("mine")
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\nnot json\n')
     done = interp(*[str(run) if w == "RUN" else w for w in words], cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert sentence in done.stderr

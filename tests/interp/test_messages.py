@@ -64,6 +64,17 @@ def test_capture():
     expect(said(lambda: interp.Capture(tokens="promt")), "tokens='promt'", "did you mean 'prompt'")
     expect(said(lambda: interp.Capture(dtype="int8")), "dtype='int8'", "'float16'", "'float32'")
     expect(said(lambda: interp.Capture(branches=("con",))), "branches=['con']", "'cond' or 'uncond'")
+    for steps in (3, "ten", [], True, [0.5]):
+        expect(said(lambda steps=steps: interp.Capture(steps=steps)), "list of step numbers", repr(steps))
+    expect(said(lambda: trace(capture=interp.Capture(steps=slice(9, 12)))), "none of the run's steps 0–3")
+    for name in ("latents", "noise_pred", "image"):
+        expect(said(lambda name=name: interp.Capture(**{name: "maybe"})), f"{name}='maybe'", "True or False")
+    expect(said(lambda: interp.Capture(attention=True)), "attention=True", "glob", "None")
+    expect(said(lambda: interp.Capture(sites=[3])), "sites=[3]", "glob")
+    expect(said(lambda: interp.Capture(heads=3)), "heads=3", "list of indices")
+    expect(said(lambda: interp.Capture(tokens=2.5)), "tokens=2.5", "positions, words and roles")
+    expect(said(lambda: interp.Capture(dtype=torch.float16)), "'float16' or 'float32'")
+    expect(said(lambda: interp.Capture(mantissa="7")), "mantissa='7'", "bits")
     expect(said(lambda: interp.Capture(steps=1.5)), "steps=1.5", "(0, 1]")
     expect(said(lambda: trace(capture=interp.Capture(steps=[9]))), "step 9", "0–3")
     expect(said(lambda: trace(capture=interp.Capture(heads=[8]))), "heads=[8]", "0–3")
