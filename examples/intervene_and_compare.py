@@ -14,7 +14,7 @@ if __name__ == "__main__":
         "scenes",
         PROMPTS,
         seeds=[0, 1],
-        steps=20,
+        steps=10,
         conditions={
             "baseline": [],
             "text removed late": [interp.RemoveText(start=0.4)],

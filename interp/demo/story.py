@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,13 @@ def conditions() -> dict[str, list[Intervention]]:
     return {"baseline": [], "eos": [ReplaceEOS("{target}")], **removed}
 
 
-def run_demo(out: str | PathLike[str], *, steps: int | None = None) -> str:
+def run_demo(out: str | PathLike[str], *, steps: int | None = None, pairs: Sequence[tuple[str, str]] = PAIRS) -> str:
     """Run the demo and write `run.zarr`, PNG figures and `index.html` into a folder; return the summary as text.
 
     Args:
         out: The folder; a demo that was interrupted there goes on, a finished one is only drawn anew.
         steps: Sampling steps; default is the bundled model's own.
+        pairs: Prompts (A, B), at least two pairs: each is drawn, and each gets the [EOS] of the other.
 
     Raises:
         InterpError: the folder holds something else.
@@ -53,7 +55,7 @@ def run_demo(out: str | PathLike[str], *, steps: int | None = None) -> str:
     _claim(out)
     began = time.perf_counter()
     pipe = load("scenes")
-    rows = [{"prompt": a, "target": b} for pair in PAIRS for a, b in (pair, pair[::-1])]
+    rows = [{"prompt": a, "target": b} for pair in pairs for a, b in (pair, pair[::-1])]
     steps = steps or DEFAULT_STEPS
     run, seconds = _traced(pipe, rows, steps, out / "run.zarr")
     seconds = _remembered(seconds, out / "seconds.json")
@@ -189,7 +191,7 @@ def draw_sections(pipe: Any, run: Run, table: pd.DataFrame, out: Path) -> list[S
     swap = run.probe("eos_replacement")
     drawn = {
         "filmstrip": figures.filmstrip(pipe, baseline, sample=2),
-        "words": plot(baseline.probe("token_attribution"), samples=[2, 4]),
+        "words": plot(baseline.probe("token_attribution"), samples=[2, min(4, len(baseline) - 1)]),
         "energy": plot(baseline.probe("frequency_energy")),
         "mass": plot(baseline.probe("attention_mass")),
         "swap_pictures": figures.swap_pictures(run),
@@ -227,7 +229,7 @@ def draw_sections(pipe: Any, run: Run, table: pd.DataFrame, out: Path) -> list[S
             "The words of one prompt, the [EOS] of another",
             "In threes: the picture of prompt A, of prompt B, and of A's words followed by B's end-of-text states. "
             + figures.swap_sentence(swap)
-            + " Eight pictures do not decide it; with 512 the [EOS] is ahead (docs/reproduce.md, E4).",
+            + " So few pictures do not decide it; with 512 the [EOS] is ahead (docs/reproduce.md, E4).",
             ["swap_pictures.png", "swap.png"],
         ),
         Section(
@@ -244,6 +246,6 @@ def _facts(pipe: Any, run: Run, steps: int) -> str:
     size = sum(p.numel() for p in pipe.unet.parameters()) / 1e6
     return (
         f"Model: scenes, a Stable Diffusion of {size:.0f} million UNet parameters, trained on drawn scenes and bundled with "
-        f"interp. {len(run)} pictures, {steps} DDIM steps, guidance {default_guidance(pipe):g}. Eight prompts are an "
+        f"interp. {len(run)} pictures, {steps} DDIM steps, guidance {default_guidance(pipe):g}. So few prompts are an "
         "illustration, not a measurement: the model card (docs/scenes.md) has figures with their n."
     )

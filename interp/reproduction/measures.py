@@ -37,9 +37,9 @@ class Estimate:
         """
         if not np.isfinite(self.value):
             return "–"
-        text = f"{self.value:.{digits}f}"
+        text = f"{self.value:z.{digits}f}"
         if np.isfinite(self.low) and self.low != self.high:
-            text += f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+            text += f" [{self.low:z.{digits}f}, {self.high:z.{digits}f}]"
         return text.replace("-", "−")
 
 

@@ -170,7 +170,7 @@ def _number(value: Any, digits: int) -> str:
         more = f'<span class="interval">[{interval}</span>' if bracket else ""
         return f'<td class="number">{text}{more}</td>'
     if isinstance(value, float):
-        return f'<td class="number">{value:.{digits}f}</td>'.replace(">-", ">−")
+        return f'<td class="number">{value:z.{digits}f}</td>'.replace(">-", ">−")
     return f"<td{_class(value)}>{escape(str(value))}</td>"
 
 

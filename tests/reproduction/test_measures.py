@@ -26,6 +26,10 @@ def test_the_verdict_follows_the_checks_that_decide() -> None:
     assert verdict([]) == "open"
 
 
+def test_nothing_is_written_as_minus_zero() -> None:
+    assert Estimate(-1e-9, -0.2, 1e-9, 4).text() == "0.000 [−0.200, 0.000]"
+
+
 def test_one_unit_or_none_decides_nothing() -> None:
     alone = estimate(np.array([1.0, 1.0]), np.array([7, 7]))
     assert alone.n == 1 and np.isnan(alone.low) and Check("", alone, ">", 0.0).state == "open"
