@@ -44,7 +44,8 @@ def test_the_installed_command_runs() -> None:
     script = Path(sys.executable).with_name("interp")
     done = subprocess.run([script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "interp demo" in done.stdout
-    assert not any(line.endswith("...") for line in done.stdout.splitlines()[1:])  # no command is told in half a sentence
+    told = done.stdout.splitlines()[1:]
+    assert not any(line.endswith("...") for line in told)  # no command is told in half a sentence
     assert interp("--version").stdout.startswith("interp 0.")
 
 
