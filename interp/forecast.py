@@ -56,9 +56,8 @@ class Counted(TorchDispatchMode):
 def weights(pipe: Any) -> int:
     """Bytes of the parameters and buffers of a pipeline's parts that are on its device."""
     parts = [p for p in pipe.components.values() if isinstance(p, torch.nn.Module)]
-    found = {
-        t.data_ptr(): t for p in parts for t in (*p.parameters(), *p.buffers()) if t.device.type == pipe.device.type
-    }
+    device = pipe.device.type  # a property that walks through the pipeline: not once a tensor
+    found = {t.data_ptr(): t for p in parts for t in (*p.parameters(), *p.buffers()) if t.device.type == device}
     return sum(t.untyped_storage().nbytes() for t in found.values())
 
 
