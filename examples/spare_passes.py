@@ -35,7 +35,11 @@ CURVES = {  # what a setting does from its start on
     ],  # T-GATE
 }
 JUDGES = ["clip:prompt", "judge:prompt"]
-METRICS = [*JUDGES, "l1:baseline", "clip_image:baseline"]
+TITLES = {
+    "clip:prompt": "CLIP, to the prompt", "judge:prompt": "judge: as the prompt says", "l1:baseline": "L1 to the baseline",
+    "clip_image:baseline": "CLIP, to the baseline's picture",
+}  # fmt: skip
+METRICS = list(TITLES)
 
 if __name__ == "__main__":
     n, steps = (int(given) for given in (*sys.argv[1:], *["2", "4"][len(sys.argv) - 1 :]))
@@ -78,6 +82,6 @@ if __name__ == "__main__":
             x = [100 * saved for saved, *_ in points]
             axis.plot(x, mean, "o-", label=curve)
             axis.fill_between(x, low, high, alpha=0.15)
-        axis.set(title=metric, xlabel="forward passes saved (%)")
+        axis.set(title=TITLES[metric], xlabel="forward passes saved (%)")
     axes[0].legend(fontsize=7)
     figure.savefig("spare_passes.png", dpi=120)

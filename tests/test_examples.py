@@ -15,7 +15,7 @@ SCRIPTS = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 def test_there_is_one_for_each_use() -> None:
     assert {s.stem for s in SCRIPTS} >= {
         "custom_probe", "plain_xarray", "intervene_and_compare", "layer_sweep", "causal_tracing", "steering",
-        "prompt_to_prompt",
+        "prompt_to_prompt", "spare_passes",
     }  # fmt: skip
 
 
