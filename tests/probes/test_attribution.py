@@ -288,3 +288,53 @@ def test_the_rival_recipe_takes_other_normalisations(how):
 def test_an_unknown_recipe_is_refused():
     with pytest.raises(InterpError, match="recipe='dam' is not possible; it is one of 'rival', 'daam'"):
         token_attribution(two_grids()[0], recipe="dam")
+
+
+def with_self_attention(seed=0):
+    """The run of two grids with self-attention of 4×6, two layers and heads; the second step was not evaluated."""
+    run, _, _ = two_grids(seed)
+    probs = np.random.default_rng(seed).uniform(0, 1, (2, 3, 1, 2, 2, 4, 6, 4, 6))
+    probs /= probs.sum((-1, -2), keepdims=True)
+    probs[:, 1] = np.nan
+    dims = ("sample", "step", "branch", "layer", "head", "query_y", "query_x", "key_y", "key_x")
+    coords = {"step": np.arange(3), "branch": ["cond"], "layer": ["down.0", "down.1"], "head": ["0", "1"]}
+    tree = run.tree.copy()
+    tree["self_attention/4x6"] = xr.DataTree(xr.Dataset({"probs": (dims, probs)}, coords))
+    return type(run)(tree), run, probs
+
+
+def test_maps_walk_along_self_attention():
+    """Each pixel gets the mean of the pixels it looks at, weighed by how much, of the grid of the maps themselves."""
+    run, plain, probs = with_self_attention()
+    before, ds = (token_attribution(r, grid="4x6") for r in (plain, run))
+    assert (before.attrs["spread"], ds.attrs["spread"]) == (0, 1)
+    for i in range(2):
+        chances = probs[i, [0, 2]].mean((0, 1, 2, 3)).reshape(24, 24)
+        for name in ("word_map", "token_map"):
+            old, new = before[name].values[i].reshape(-1, 24), ds[name].values[i].reshape(-1, 24)
+            for word in range(len(old)):
+                by_hand = [sum(chances[q, k] * old[word, k] for k in range(24)) for q in range(24)]
+                assert np.allclose(new[word], by_hand, equal_nan=True)
+    twice = token_attribution(run, grid="4x6", spread=2)
+    again = np.einsum(
+        "qk,wk->wq", probs[0, [0, 2]].mean((0, 1, 2, 3)).reshape(24, 24), ds.word_map[0].values.reshape(-1, 24)
+    )
+    assert np.allclose(twice.word_map[0].values.reshape(-1, 24), again, equal_nan=True)
+    assert token_attribution(run, spread=0).word_map.equals(token_attribution(plain).word_map)
+    assert daam(run).word_map.equals(daam(plain).word_map)
+    walked = daam(run, spread=1)
+    assert np.allclose(walked.token_map.sum("token"), 1)  # shares of a pixel stay shares
+    assert token_attribution(run, grid="8x12").word_map.shape[-2:] == (8, 12)
+
+
+def test_a_walk_needs_self_attention_of_the_whole_picture():
+    run, plain, _ = with_self_attention()
+    for options, text in (
+        ({"spread": 1}, "needs self-attention of the whole picture"),
+        ({"spread": -1}, "spread=-1 is not"),
+    ):
+        with pytest.raises(InterpError, match=text):
+            token_attribution(plain, **options)
+    tree = run.tree.copy()
+    tree["self_attention/4x6"] = xr.DataTree(run.tree["self_attention/4x6"].to_dataset().isel(query_y=[0, 1]))
+    assert token_attribution(type(run)(tree)).attrs["spread"] == 0  # a region alone

@@ -75,7 +75,7 @@ def test_what_is_measured_is_what_the_probe_gives():
         for i, scene in enumerate(drawn.scenes)
         if len({t.shape for t in scene.objects}) == len({t.color for t in scene.objects}) == len(scene.objects)
     ]
-    keep = interp.Capture(heads="all", latents=False, noise_pred=False, image=False)
+    keep = interp.Capture(attention="all", heads="all", latents=False, noise_pred=False, image=False)
     texts = [drawn.captions[i] for i in distinct[:2]]
     both = interp.encode_image(
         pipe, drawn.images[distinct[:2]], LEVELS, prompt=texts, capture=keep
@@ -97,8 +97,10 @@ def test_what_is_measured_is_what_the_probe_gives():
                     )
         assert kinds == m.kinds and np.array_equal(masks, m.masks)
         options = {"words": words, "grid": "32x32"}
-        ours = run.probe("token_attribution", **options).word_map.values[0].reshape(len(words), -1)
-        np.testing.assert_allclose(maps_of(m, [GEOMETRIC])[GEOMETRIC], ours, atol=1e-4)
+        walked = GEOMETRIC._replace(spread="self-attention")
+        for recipe, spread in ((GEOMETRIC, 0), (walked, None)):
+            ours = run.probe("token_attribution", **options, spread=spread).word_map.values[0].reshape(len(words), -1)
+            np.testing.assert_allclose(maps_of(m, [recipe])[recipe], ours, atol=1e-3 if spread is None else 1e-4)
         for level in range(
             len(LEVELS)
         ):  # one by one: the probe clamps what a cubic undershoots after its mean over steps

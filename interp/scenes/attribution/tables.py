@@ -30,12 +30,14 @@ class Report:
     ) -> None:
         self.first, self.second, self.choice, self.layers, self.levels = first, second, choice, layers, levels
         self.units = np.array(second.picture)
+        self.widest = 0.0  # half of the widest interval among figures that are shown without theirs
 
     def text(self) -> str:
-        """Return everything."""
+        """Return everything, and how wide the intervals are that the tables leave out."""
         grids = [self.levels_table(way, measure) for way in WAYS for measure in range(len(MEASURES))]
         heads = [self.heads_table(measure) for measure in range(len(MEASURES))]
-        return "\n\n".join([self.summary(), self.main(), self.factors(), self.spreads(), *grids, *heads])
+        tables = [self.main(), self.factors(), self.spreads(), *grids, *heads]
+        return "\n\n".join([f"{self.summary()}\n- figures without brackets: ± {self.widest:.3f} or less", *tables])
 
     def values(self, name: Any) -> tuple[np.ndarray, ...]:
         """Return a name's average precision, pointing and overlap, (target,) each; with the threshold of the first half."""
@@ -50,6 +52,12 @@ class Report:
         if name.startswith("heads weighted"):
             return Whole("all", WAYS[name.rpartition(", ")[2]])
         return self.choice.rows[WITH_SELF if name.startswith(WITH_SELF) else CROSS]
+
+    def bare(self, values: np.ndarray, chosen: Any = slice(None)) -> float:
+        """Return the mean of some targets, to be shown without its interval."""
+        mean, (low, high) = mean_interval(values[chosen], self.units[chosen], resamples=500)
+        self.widest = max(self.widest, float(high - low) / 2) if np.isfinite(high - low) else self.widest
+        return float(mean)
 
     def interval(self, values: np.ndarray) -> str:
         """Return the mean and its 95 % interval over pictures."""
@@ -81,7 +89,7 @@ class Report:
             precision, point, overlap = self.values(name)
             half = f"{self.first.precision(name):.3f}" if name in self.first.found else "–"
             which = f" ({', '.join(map(str, name.at))})" if isinstance(name, Part) and name.at else ""
-            cells = [text + which, half, self.interval(precision), *(f"{precision[kind == k].mean():.3f}" for k in KINDS),
+            cells = [text + which, half, self.interval(precision), *(f"{self.bare(precision, kind == k):.3f}" for k in KINDS),
                      self.interval(point), self.interval(overlap), f"{THRESHOLDS[self.threshold(name)]:.2f}"]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
@@ -90,7 +98,7 @@ class Report:
         """Return the average precision of every average (rows) against everything (columns), every head, not spread."""
 
         def cell(average: str, against: str) -> float:
-            return self.second.precision(Whole("all", Recipe(average, against, "as it is")))
+            return self.bare(self.second.of(Whole("all", Recipe(average, against, "as it is")))[0])
 
         return _grid(
             "average precision", list(AVERAGES), list(AGAINST), lambda r, c: cell([*AVERAGES][r], [*AGAINST][c])
@@ -103,7 +111,7 @@ class Report:
 
         def cell(row: int, column: int) -> float:
             recipe = Recipe(average, against, [*SPREAD][row])
-            return self.second.precision(Whole([*captures.values()][column], recipe))
+            return self.bare(self.second.of(Whole([*captures.values()][column], recipe))[0])
 
         return _grid(f"{average} · {against}", list(SPREAD), list(captures), cell)
 
@@ -114,7 +122,7 @@ class Report:
             layer, level = row < len(self.layers), column < len(self.levels)
             what = "layer and level" if layer and level else "layer" if layer else "level"
             at = (*((row,) if layer else ()), *((column,) if level else ()))
-            return float(self.values(Part(way, what, at))[measure].mean()) if at else None
+            return self.bare(self.values(Part(way, what, at))[measure]) if at else None
 
         rows = [f"{k} `{name}`" for k, name in enumerate(self.layers)]
         return _grid(f"{way}, {MEASURES[measure]}", [*rows, "all"], [*map(str, self.levels), "all"], cell)
@@ -126,7 +134,7 @@ class Report:
         )
 
         def cell(row: int, column: int) -> float:
-            return float(self.values(Part("log-odds", "head", (row * heads + column,)))[measure].mean())
+            return self.bare(self.values(Part("log-odds", "head", (row * heads + column,)))[measure])
 
         rows = [f"{k} `{name}`" for k, name in enumerate(self.layers)]
         return _grid(f"log-odds, {MEASURES[measure]}", rows, [f"head {h}" for h in range(heads)], cell)
