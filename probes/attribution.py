@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from interp.stores import Run
 
 RECIPES = {"rival": "rival", "daam": "token"}  # and how each is normalised if nothing else is asked for
-SPREAD = {"rival": 1, "daam": 0}  # and how often its maps walk along self-attention, where the run has it
+WALKS = {"every head": 1, "heads averaged": 2}  # of "rival", along self-attention: chosen on true masks
 NORMALIZE = {
     "rival": "nats (log-odds against the pixel's strongest other word)",
     "token": "1 (share of the pixel's attention to all captured tokens)",
@@ -61,8 +61,8 @@ def token_attribution(
     mean, in which a head that sees nothing anywhere has no say. From each word's map it takes, at each pixel, that of
     the strongest other word, so that what a pixel gives to every word alike is gone. Measured on true masks it finds
     objects much better than "daam" (docs/attribution.md). A prompt of one word has the other tokens as rivals. Where the
-    run holds self-attention (`Capture(attention="all")`), each pixel then gets the mean of the pixels it looks at: a step
-    along self-attention, which finds objects better still.
+    run holds self-attention (`Capture(attention="all")`), each pixel then gets the mean of the pixels it looks at: a walk
+    along self-attention, which finds objects better still, also where heads were averaged.
     "daam" averages the attention itself: the maps of each layer and head over the steps, resized bicubically, clamped at
     0, averaged over heads and layers. Both use the conditional branch; a step where it was not evaluated is left out. A
     word's map is the mean of its sub-tokens' maps (of their logarithms), and so is a span's.
@@ -70,18 +70,18 @@ def token_attribution(
     Parameters: `steps` None (all captured), a step, several, a slice or "start:stop", half-open (late steps find
     objects best); `layers` None (all of all grids) or site names with wildcards; `words` None (all, in the prompt's
     order) or the words wanted, where "red" is the first red and ("red", 1) or "red#1" the second; `grid` "latent" (the
-    latents' size; without latents, the finest captured grid) or e.g. "32x32"; `spread`, how many steps maps walk along the
-    self-attention of its finest grid (None: of "rival" one, if the run has it; 0 none). `normalize`: None (the recipe's own),
-    "rival" subtracts the logarithm of the strongest other word; "token" divides by the sum over all captured tokens at
-    each pixel (DAAM); "words" by that over the word tokens alone (DAAM's option); "space" makes each map sum to 1; "max"
-    makes its maximum 1; "none" leaves attention probabilities.
+    latents' size; without latents, the finest captured grid) or e.g. "32x32". `spread`: how often maps walk along the
+    self-attention of its finest grid; None: if the run has it, those of "rival" once, of averaged heads twice; 0 never.
+    `normalize`: None (the recipe's own), "rival" subtracts the logarithm of the strongest other word; "token" divides by
+    the sum over all captured tokens at each pixel (DAAM); "words" by that over the word tokens alone (DAAM's option);
+    "space" makes each map sum to 1; "max" makes its maximum 1; "none" leaves attention probabilities.
 
     Returns a Dataset: `token_map` (sample, token, y, x) with token_text, token_role, token_word, token_count
     (sample, token); `word_map` (sample, word, y, x) with word_text and word_occurrence (sample, word), NaN
     where a prompt has no such token or word; `mass` and `mass_per_token` (sample, step, layer, role) as in
     `attention_mass`; and, if captured, `image` (sample, thumb_y, thumb_x, rgb), thumbnails for the plot.
 
-    attrs["spread"] is the number of steps walked.
+    attrs["spread"] is how often maps walked.
 
     Raises InterpError for steps, layers, words or self-attention that are not there, and for an unknown `recipe`,
     `normalize` or `grid`. Source: Tang et al., "What the DAAM", arXiv:2210.04885 (whose code leaves out the coarsest grid: use
@@ -103,7 +103,9 @@ def token_attribution(
     table = grids[0].table
     vocabulary, everyone = chosen_words(table, words), chosen_words(table, None)
     logs = recipe == "rival"
-    times, along = walks(run, spread, SPREAD[recipe], steps=steps)
+    averaged = all(g.probs.sizes["head"] == 1 for g in grids)
+    usual = WALKS["heads averaged" if averaged else "every head"] if logs else 0
+    times, along = walks(run, spread, usual, steps=steps)
     samples, tokens = table.sizes["sample"], table.sizes["token"]
     token_map = np.full((samples, tokens, height, width), np.nan)
     word_map = np.full((samples, vocabulary.text.shape[1], height, width), np.nan)

@@ -35,7 +35,7 @@ def draw_bars(ds: xr.Dataset, *, conditions: Sequence[str] | None = None) -> Fig
         color = BLUE if "distance" in name else ORANGE
         low, high = i.sel(bound="low").values, i.sel(bound="high").values
         bars = np.nan_to_num([m.values - low, high - m.values]).clip(0)
-        ax.errorbar(m.values, rows, xerr=bars, fmt="o", capsize=3, markersize=5, color=color)
+        ax.errorbar(m.values, rows, xerr=bars, fmt="o", capsize=3, markersize=5, color=color, clip_on=False)
         ax.set_yticks(rows, chosen if k % 3 == 0 else [""] * len(chosen))
         ax.set(ylim=(-0.6, len(chosen) - 0.4), xlabel=text)
         if "distance" in name:
@@ -59,11 +59,11 @@ def draw_along(ds: xr.Dataset, x: str, label: str, *, by: str | None = None) -> 
     figure, axes = panels(len(found))
     kinds = [""] if by is None else list(dict.fromkeys(str(v) for v in ds[by].values if str(v)))
     for ax, (name, text, mean, interval) in zip(axes, found, strict=True):
-        for kind, color in zip(kinds, (BLUE, ORANGE, GREEN), strict=False):
+        for kind, color, style in zip(kinds, (BLUE, ORANGE, GREEN), ("-", "--", ":"), strict=False):
             of = np.ones(ds.sizes["condition"], bool) if by is None else np.isin(ds[by].values, [kind, ""])
             order = np.flatnonzero(of)[np.argsort(ds[x].values[of], kind="stable")]
             at, low_high = ds[x].values[order], interval.isel(condition=order).transpose(..., "bound")
-            line(ax, at, mean.isel(condition=order), low_high, color, kind.replace("_", " "))
+            line(ax, at, mean.isel(condition=order), low_high, color, kind.replace("_", " "), style)
             ax.plot(at, mean.isel(condition=order), "o", color=color, markersize=4)
         ax.set(xlabel=label, ylabel=text)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -87,7 +87,7 @@ def measures(ds: xr.Dataset) -> list[tuple[str, str, xr.DataArray, xr.DataArray]
         found.append(("passes_saved", "share of forward passes saved (1)", ds["passes_saved"], exact))
     for metric in list(ds["metric"].values)[:MAX_SCORES] if "score_mean" in ds else []:
         mean, interval = (ds[f"score_{part}"].sel(metric=metric) for part in ("mean", "interval"))
-        found.append((str(metric), f"{metric} (the metric's own unit)", mean, interval))
+        found.append((str(metric), "score (the metric's own unit)", mean, interval))
     return found
 
 

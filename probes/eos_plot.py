@@ -29,13 +29,17 @@ def draw(ds: xr.Dataset) -> Figure:
     figure, axes = new_figure(len(metrics) + traced)
     panels = axes[: len(metrics)]
     labels = {"swap": "words A,\nEOS of B", "source": "prompt A", "target": "prompt B"}
+    there = (
+        ds["alignment_mean"].notnull().any(["metric", "text"]).values
+    )  # without a run of prompt B it has no pictures
+    images = [str(i) for i in ds["image"].values[there]]
     for ax, metric in zip(panels, metrics, strict=True):
         for k, text in enumerate(("source", "target")):
-            mean = ds["alignment_mean"].sel(metric=metric, text=text).values
-            interval = ds["alignment_interval"].sel(metric=metric, text=text)
+            mean = ds["alignment_mean"].sel(metric=metric, text=text, image=images).values
+            interval = ds["alignment_interval"].sel(metric=metric, text=text, image=images)
             bars = [mean - interval.sel(bound="low").values, interval.sel(bound="high").values - mean]
             letter = {"source": "A", "target": "B"}[text]
-            at = [i + (k - 0.5) * 0.16 for i in range(3)]
+            at = [i + (k - 0.5) * 0.16 for i in range(len(images))]
             ax.errorbar(
                 at,
                 mean,
@@ -45,8 +49,12 @@ def draw(ds: xr.Dataset) -> Figure:
                 capsize=3,
                 label=f"with the {text} {letter}",
             )
-        ax.set_xticks(range(3), [labels[str(i)] for i in ds["image"].values])
-        ax.set(xlim=(-0.5, 2.5), xlabel="image made from", ylabel=f"{metric} alignment (the metric's own unit)")
+        ax.set_xticks(range(len(images)), [labels[i] for i in images])
+        ax.set(
+            xlim=(-0.5, len(images) - 0.5),
+            xlabel="image made from",
+            ylabel=f"{metric} alignment (the metric's own unit)",
+        )
         wins, (low, high) = (
             float(ds["target_wins"].sel(metric=metric)),
             ds["target_wins_interval"].sel(metric=metric),
@@ -72,6 +80,8 @@ def _draw_distance(distance: Axes, ds: xr.Dataset, colour: dict[str, str]) -> No
 
     for side in ("source", "target"):
         gap = ds["latent_distance_mean"].sel(reference=side)
+        if gap.isnull().all():
+            continue
         low, high = (ds["latent_distance_interval"].sel(reference=side, bound=b) for b in ("low", "high"))
         name = {"source": "to prompt A's (source)", "target": "to prompt B's (target)"}[side]
         distance.plot(ds["step"], gap, color=colour[side], label=name, linewidth=1.6)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from interp.stores import Run
 
-MAX_PANELS = 4
 EXAMPLE = '{"baseline": [], "layer 1": [EncoderLayer(1)], "layer 2": [EncoderLayer(2)], …}'
 
 
@@ -30,7 +29,7 @@ def draw(ds: xr.Dataset, *, pairs: Sequence[int] = (0, 1)) -> Figure:
     """
     from interp.probes.style import BLUE, ORANGE, line, note, strips_and_panels, title
 
-    found = measures(ds)[:MAX_PANELS]
+    found = measures(ds)
     rows = [p for p in pairs if p < ds.sizes["pair"]] if "image" in ds else []
     figure, pictures, axes = strips_and_panels(len(rows), ds.sizes["condition"], len(found))
     for k, ax in enumerate(pictures):

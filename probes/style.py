@@ -52,25 +52,31 @@ def panels(number: int, *, across: int = 3, width: float = 4.2, height: float = 
 
 
 def strips_and_panels(
-    rows: int, columns: int, number: int, *, size: float = 1.15, height: float = 2.9
+    rows: int, columns: int, number: int, *, across: int = 4, size: float = 1.15, height: float = 2.9
 ) -> tuple[Figure, list[Axes], list[Axes]]:
-    """Return a Figure with rows·columns pictures above and `number` panels below; `size` of a picture in inches."""
+    """Return a Figure with rows·columns pictures above and `number` panels below, at most `across` in a row.
+
+    size: of a picture, height: of a panel, in inches.
+    """
     from matplotlib.figure import Figure
 
-    width = max(columns * size, 2.6 * number, 6.0)
+    lines, across = -(-number // across), min(number, across)
+    width, height = max(columns * size, 2.6 * across, 6.0), height * lines
     picture = min(width / max(columns, 1), 1.6) + 0.15
     figure = Figure(figsize=(width, rows * picture + height), layout="constrained", dpi=120)
     share = [rows * picture, height] if rows else [1e-3, height]
     parts: Any = figure.subfigures(2, 1, height_ratios=share)
     above, below = parts
     pictures = list(above.subplots(rows, columns, squeeze=False).flat) if rows else []
-    axes = list(below.subplots(1, number, squeeze=False).flat)
-    for ax in axes:
+    axes = list(below.subplots(lines, across, squeeze=False).flat)
+    for ax in axes[number:]:
+        ax.remove()
+    for ax in axes[:number]:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(which="both", labelsize=8)
         ax.xaxis.label.set_size(9)
         ax.yaxis.label.set_size(9)
-    return figure, pictures, axes
+    return figure, pictures, axes[:number]
 
 
 def title(ax: Axes, text: str) -> None:
@@ -120,7 +126,7 @@ def dots(ax: Axes, x: Any, mean: Any, interval: Any, color: str, label: str, mar
     """Draw means (point,) as dots with their intervals (point, bound) as bars."""
     low, high = np.asarray(interval).T
     bars = np.nan_to_num([np.asarray(mean) - low, high - np.asarray(mean)]).clip(0)
-    ax.errorbar(x, mean, yerr=bars, fmt=marker, color=color, capsize=3, markersize=5, label=label)
+    ax.errorbar(x, mean, yerr=bars, fmt=marker, color=color, capsize=3, markersize=5, label=label, clip_on=False)
 
 
 def legend(ax: Axes) -> None:

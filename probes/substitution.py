@@ -69,9 +69,10 @@ def draw(ds: xr.Dataset) -> Figure:
             line(ax, ds["step"], one["divergence_mean"], one["divergence_interval"], color, c)
         line(ax, ds["step"], ds["divergence_uniform_mean"], ds["divergence_uniform_interval"], BLACK, "uniform", True)
         ax.set(ylabel="KL divergence from the original (nats)", yscale="log")
+        ax.margins(y=0.3)  # room for the legend
         title(ax, "Attention over the tokens")
         step_axis(ax)
-        legend(ax)
+        ax.legend(fontsize=7, frameon=False, ncols=2, loc="upper right")
     note(figure, f"Means over {ds.attrs['pairs']} pairs; bars and bands: bootstrap 95 % intervals over prompts.")
     return figure
 

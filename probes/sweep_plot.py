@@ -37,11 +37,11 @@ def draw(ds: xr.Dataset, *, metric: str | None = None) -> Figure:
     labels = {d: short(ds[d].values) for d in dims}
     room = 0.055 * max(len(t) for t in labels[dims[0]])
     width = max(3.0 + room, 5.4 / len(metrics))  # the note below must fit
-    figure, axes = new_figure(len(metrics), width=width, height=max(2.4, 1.2 + 0.22 * rows))
+    paint = _map if len(dims) == 2 else _curve if ds[dims[0]].dtype.kind in "fi" else _dots
+    height = 3.2 if paint is _curve else max(2.4, 1.2 + 0.22 * rows)
+    figure, axes = new_figure(len(metrics), width=width, height=height)
     for ax, one in zip(axes, metrics, strict=True):
         values, interval = (ds[n].sel(metric=one).transpose(*dims, ...) for n in (mean.name, f"{name}_interval"))
-        plain = ds[dims[0]].dtype.kind in "fi"
-        paint = _map if len(dims) == 2 else _curve if plain else _dots
         paint(ax, values, interval.values, labels, name)
         title(ax, one if name == "effect" else f"{one}, recovered")
     note(figure, NOTES[len(dims)].format(pairs=ds.attrs["pairs"]))

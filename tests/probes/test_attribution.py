@@ -324,6 +324,11 @@ def test_maps_walk_along_self_attention():
     assert daam(run).word_map.equals(daam(plain).word_map)
     walked = daam(run, spread=1)
     assert np.allclose(walked.token_map.sum("token"), 1)  # shares of a pixel stay shares
+    averaged = run.tree.copy()
+    for grid in run.grids:
+        node = run.tree[f"attention/{grid}"].to_dataset()
+        averaged[f"attention/{grid}"] = xr.DataTree(node.isel(head=[0]).assign_coords(head=["mean"]))
+    assert token_attribution(type(run)(averaged), grid="4x6").attrs["spread"] == 2
     assert token_attribution(run, grid="8x12").word_map.shape[-2:] == (8, 12)
 
 

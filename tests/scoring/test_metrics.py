@@ -134,7 +134,7 @@ def test_lpips_is_that_of_the_paper(run, network, monkeypatch):
     name, after = AFTER[network]
     layers = backbone(name)
     path = Path(functional.__file__).with_name("lpips_models") / f"{network}.pth"
-    weights = list(torch.load(path, weights_only=True).values())
+    weights = list(torch.load(path, map_location="cpu", weights_only=True).values())
     shift, scale = (torch.tensor(v).view(1, 3, 1, 1) for v in ((-0.03, -0.088, -0.188), (0.458, 0.448, 0.45)))
     x = (torch.from_numpy(run.images.values).permute(0, 3, 1, 2) / 127.5 - 1 - shift) / scale
     wanted, features = torch.zeros(6), x
