@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -82,3 +83,22 @@ def test_memory_stays_below_the_run(tmp_path):
     out = subprocess.run([sys.executable, "-c", CODE, str(path)], capture_output=True, text=True, check=True)
     whole, peak = map(int, out.stdout.split())  # KiB
     assert whole > 50_000 and peak < whole / 3
+
+
+def test_a_bar_is_shown_to_those_who_watch_alone(monkeypatch, capsys):
+    from interp.probes import progress
+
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.setattr(progress, "tqdm", partial(progress.tqdm, disable=False))  # which tests disable elsewhere
+    run = synthetic_run(samples=3)
+    lazy = run.latents.chunk({"sample": 1}).mean()
+    quiet = run.probe("frequency_energy")
+    lazy.compute()
+    assert capsys.readouterr().err == ""
+    with progress.watched():
+        assert run.probe("frequency_energy").identical(quiet)
+        assert "/3" in capsys.readouterr().err
+        lazy.compute()
+        assert "100% Completed" in capsys.readouterr().err
+    run.probe("frequency_energy")
+    assert capsys.readouterr().err == ""
