@@ -1,9 +1,9 @@
-"""Steer a color: the mean difference of two groups of prompts, added at one block with growing strength (arXiv:2308.10248).
+"""Steer a color: the mean difference of two groups of prompts, added where the picture reads the text (arXiv:2308.10248).
 
-So few prompts and steps show how it is done, not that it works: with 2 prompts and 4 steps no strength turned red into
-blue.
+The vectors come from three shapes and steer three others. At the middle block alone no strength turns red into blue, at the
+output of all cross-attention layers it does; the same vectors with their channels shuffled are the control.
 
-python examples/steering.py [number of prompts, default 2]
+python examples/steering.py [steps, default 4]
 """
 
 import sys
@@ -15,28 +15,43 @@ import interp
 from interp.interventions import steering_vector
 
 if __name__ == "__main__":
-    n = int(sys.argv[1]) if len(sys.argv) > 1 else 2
-    shapes, site = ["circle", "star", "square", "triangle", "heart", "ring"], "unet.mid_block:out"
-    colored = {c: [f"a large {c} {s} on a gray background" for s in shapes[:n]] for c in ("red", "blue")}
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 4
     pipe = interp.load("scenes")
+    layers = [site.name.replace(":probs", ":out") for site in interp.sites(pipe, "*attn2:probs")]
+    middle = "unet.mid_block:out"
+    known, others = (
+        [[f"a large {color} {shape} on a gray background" for shape in shapes] for color in ("red", "blue")]
+        for shapes in (("circle", "star", "square"), ("triangle", "heart", "ring"))
+    )
 
-    both = interp.trace(pipe, colored["red"] + colored["blue"], steps=4,
-                        capture=interp.Capture(attention=None, image=False, sites=(site,)))  # fmt: skip
-    vector = steering_vector(both, site, positive=range(n, 2 * n), negative=range(n))
+    both = interp.trace(pipe, known[0] + known[1], steps=steps, progress=False,
+                        capture=interp.Capture(attention=None, image=False, sites=(*layers, middle)))  # fmt: skip
+    vectors = {site: steering_vector(both, site, positive=[3, 4, 5], negative=[0, 1, 2]) for site in (*layers, middle)}
+    shuffled = {site: np.random.default_rng(0).permutation(vector) for site, vector in vectors.items()}
 
-    strengths = [0.0, 1.0, 2.0, 4.0]
+    def steer(sites, strength, vectors=vectors):
+        return [interp.Steer(site, vectors[site], coefficient=strength) for site in sites]
+
     run = interp.trace(
         pipe,
-        [{"prompt": a, "target": b} for a, b in zip(*colored.values(), strict=True)],
-        steps=4,
-        conditions={f"{k:g}": [interp.Steer(site, vector, coefficient=k)] for k in strengths},
-        capture=interp.Capture(attention=None),
+        [{"prompt": red, "target": blue} for red, blue in zip(*others, strict=True)],
+        steps=steps,
+        conditions={
+            "unchanged": [],
+            "middle block × 3": steer([middle], 3.0),
+            "all layers × 1": steer(layers, 1.0),
+            "all layers × 3": steer(layers, 3.0),
+            "all layers × 8": steer(layers, 8.0),
+            "shuffled × 3": steer(layers, 3.0, shuffled),
+        },
+        capture=interp.Capture(attention=None, latents=False, noise_pred=False),
         scores=["judge"],
+        progress=False,
     )
     for name in run.conditions:
         scores = run.condition(name).scores.mean("sample")
         red, blue = (float(scores.sel(metric=f"judge:{column}")) for column in ("prompt", "target"))
-        print(f"{name:>3} × (blue − red): judge says red prompt {red:.2f}, blue prompt {blue:.2f}")
-    print(f"n = {n} prompts, one seed")
+        print(f"{name:<17} judge sees {red:.2f} of the red prompt, {blue:.2f} of the blue one")
+    print(f"n = 3 prompts, one seed, {steps} steps")
     rows = [np.concatenate(list(run.condition(name).images.values), axis=1) for name in run.conditions]
     Image.fromarray(np.concatenate(rows)).save("steering.png")

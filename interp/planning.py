@@ -17,7 +17,7 @@ from interp.costs import planned_bytes
 from interp.errors import InterpError, nearest
 from interp.families import Arguments, Family, find_family
 from interp.forecast import peak_memory
-from interp.interventions import Batch, Intervention, check_all
+from interp.interventions import Batch, Intervention, check_all, evaluated_branches
 from interp.layouts import run_attrs, run_groups
 from interp.loading import origin
 from interp.prompts import PromptTable, prompt_table
@@ -155,6 +155,11 @@ def plan(
 
     pipe = load(pipe) if isinstance(pipe, str) else pipe
     family, capture, table = find_family(pipe), capture or default_capture(pipe), prompt_table(prompts, negative_prompt)
+    if family.needs_picture:
+        raise InterpError(
+            f"a {type(pipe).__name__} starts from a picture, or is controlled by one, which a run of prompts does not have; "
+            "call it yourself within interp.record(pipe, …), or change it with interp.HookRegistry(pipe)"
+        )
     if not isinstance(steps, int) or steps < 1:
         raise InterpError(f"steps={steps!r}: give the number of sampling steps, at least 1")
     if not isinstance(guidance_scale, Real | None) or (
@@ -169,7 +174,7 @@ def plan(
     arguments = run_call(family, steps, guidance, high, wide, table.columns["negative_prompt"], options or {})
     times = timeline(pipe.scheduler, steps, schedule=family.schedule(arguments))
     for changes in named.values():
-        check_all(changes, times, table.columns, family.guided(arguments))
+        check_all(changes, times, table.columns, family.guided(arguments), family)
     if any(named.values()):
         family.check_changes(arguments)
     rows = table.rows(range(len(table)))
@@ -362,6 +367,4 @@ def _samples(
 
 def _passes(changes: Sequence[Intervention], times: Timeline, guided: bool) -> int:
     """Forward passes of one sample, all evaluations of each step: what the branch policies leave, at most."""
-    policies = [c.evaluated(times) for c in changes]
-    full = 2 if guided else 1
-    return sum(times.count(i) * min([len(p[i]) for p in policies if i in p] or [full]) for i in range(len(times)))
+    return sum(times.count(i) * len(kept) for i, kept in enumerate(evaluated_branches(changes, times, guided)))

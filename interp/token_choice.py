@@ -79,6 +79,36 @@ def find_tokens(wanted: Sequence[Item], tokens: Tokens, row: Mapping[str, Any], 
     return sorted(found)
 
 
+def chosen_tokens(
+    asker: object, tokens: Tokens, row: Mapping[str, Any], *, words: Sequence[str] = (), roles: Sequence[str] = (),
+    indices: Sequence[int] = (), occurrence: int | None = None,
+) -> list[int]:  # fmt: skip
+    """Return the positions of one prompt's tokens that are chosen by word, role or number, which add up.
+
+    Raises:
+        InterpError: the prompt has no such word or position; `asker`'s repr begins the sentence.
+    """
+    chosen = {p for p, role in enumerate(tokens.role) if role in roles}
+    for phrase in words:
+        found, prompt = occurrences(phrase, tokens, row), str(row.get("prompt"))
+        if not found:
+            raise InterpError(
+                f"{asker!r}: {fill(phrase, row)!r} is not in the prompt {prompt!r}{nearest(fill(phrase, row), tokens.words)}"
+            )
+        if occurrence is not None and occurrence >= len(found):
+            raise InterpError(
+                f"{asker!r}: {fill(phrase, row)!r} appears {len(found)}× in the prompt {prompt!r}, and occurrences are "
+                "counted from 0"
+            )
+        chosen |= {p for one in (found if occurrence is None else [found[occurrence]]) for p in one}
+    outside = [i for i in indices if i >= len(tokens.ids)]
+    if outside:
+        raise InterpError(
+            f"{asker!r}: the text of {str(row.get('prompt'))!r} has the positions 0–{len(tokens.ids) - 1}, and no {outside[0]}"
+        )
+    return sorted(chosen | {*indices})
+
+
 def _positions(wanted: Sequence[Item], tokens: Tokens, row: Mapping[str, Any]) -> list[int]:
     length, found = len(tokens.ids), set()
     for item in wanted:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.machinery import ModuleSpec
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -62,11 +62,7 @@ def plugins(group: str) -> list[Plugin]:
     >>> [p.name for p in plugins("interp.probes") if p.target.startswith("interp.probes.eos")]
     ['eos_replacement']
     """
-    found = {
-        Plugin(e.name, e.value, e.dist.name if e.dist else "an unknown distribution", group)
-        for e in _entries(group, _places())
-    }
-    return sorted(found, key=lambda p: (p.name, p.distribution, p.target))
+    return list(_plugins(group, _places()))
 
 
 def _places() -> tuple[tuple[str, int], ...]:
@@ -75,9 +71,13 @@ def _places() -> tuple[tuple[str, int], ...]:
 
 
 @lru_cache(maxsize=64)
-def _entries(group: str, places: tuple[tuple[str, int], ...]) -> EntryPoints:
-    """Read every distribution's metadata, which takes a while: once, until `places` change."""
-    return entry_points(group=group)
+def _plugins(group: str, places: tuple[tuple[str, int], ...]) -> tuple[Plugin, ...]:
+    """Read every distribution's metadata, also for its name, which takes 10 ms: once, until `places` change."""
+    found = {
+        Plugin(e.name, e.value, e.dist.name if e.dist else "an unknown distribution", group)
+        for e in entry_points(group=group)
+    }
+    return tuple(sorted(found, key=lambda p: (p.name, p.distribution, p.target)))
 
 
 def find_plugin(name: str, group: str) -> Any:

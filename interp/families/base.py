@@ -111,6 +111,8 @@ class Family(ABC):
     """Denoiser arguments that all rows share (rotary tables and the like): dropping a branch leaves them alone."""
     ragged: ClassVar[bool] = False
     """Prompts have as many text states as tokens, unlike each other."""
+    text_elsewhere: ClassVar[bool] = False
+    """Text reaches the denoiser by another way than attention and a pooled vector."""
     image_lies: ClassVar[Literal["first", "last"]] = "last"
     """Where the image lies in sequences that hold the text too."""
     fallback: ClassVar[bool] = False
@@ -189,6 +191,11 @@ class Family(ABC):
     def takes_negative(self) -> bool:
         """Whether the pipeline's call takes a negative prompt; if not, the branch without text reads an empty one."""
         return "negative_prompt" in inspect.signature(type(self.pipe).__call__).parameters
+
+    @property
+    def needs_picture(self) -> bool:
+        """Whether the pipeline's call must be given a picture beside the prompt."""
+        return False
 
     def check_call(self, arguments: Arguments) -> None:  # noqa: B027 - most calls can be recorded
         """Refuse a call that cannot be recorded as it is.

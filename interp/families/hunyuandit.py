@@ -29,6 +29,7 @@ class HunyuanDiTFamily(Family):
 
     name = "hunyuandit"
     multiple = 16
+    text_elsewhere = True
     shared: ClassVar[frozenset[str]] = frozenset({"image_rotary_emb"})
 
     @staticmethod

@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x, 2.x and XL: UNet with cross-attention, both branches as rows of one batch."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -37,6 +38,11 @@ class UNetFamily(Family):
         if isinstance(getattr(self.pipe, "controlnet", None), torch.nn.Module):
             found["controlnet"] = plain(self.pipe.controlnet)
         return found
+
+    @property
+    def needs_picture(self) -> bool:
+        """Image-to-image, inpainting and ControlNet are given one."""
+        return "image" in inspect.signature(type(self.pipe).__call__).parameters
 
     def branches(self, call: Pass) -> tuple[str, ...]:
         """[uncond, cond] rows under guidance, else cond alone; in guess mode a ControlNet sees cond alone."""

@@ -1,12 +1,10 @@
 """The contract of an intervention: a frozen dataclass with a window, what it claims, and how it attaches."""
 
 import math
-import re
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from interp.clock import Timeline
 from interp.errors import InterpError, nearest
@@ -100,13 +98,29 @@ class Intervention:
             )
         return frozenset(i for i, level in enumerate(levels) if first_level >= level > last_level)
 
-    def claims(self) -> frozenset[str]:
-        """Name what the intervention owns in its window: two owners are refused.
+    def identity(self) -> Self:
+        """Return this intervention with fields that change nothing: an empty window, unless it says otherwise."""
+        return replace(self, start=1.0, stop=1.0, unit="fraction")
 
-        Parts are written `text:eos`, positions of a part `text:eos[0:5]`, and what keys or values alone read
-        `text:eos/k`, `text:eos/v`.
-        """
+    def changes(self, timeline: Timeline) -> frozenset[int]:
+        """Return the steps in which it may change something: the window, unless it says otherwise."""
+        return self.steps(timeline)
+
+    def claims(self) -> frozenset[str]:
+        """Name what the intervention owns in its window: two owners are refused. See `interp.interventions.claims`."""
         return frozenset()
+
+    def claims_in(self, family: Family) -> frozenset[str]:
+        """Name what it owns in this model, where globs have become names."""
+        return self.claims()
+
+    def acts_on(self) -> tuple[str, ...]:
+        """Return the branches whose rows it changes, one of which must be evaluated; () if it is about no rows."""
+        return ()
+
+    def writes(self, family: Family) -> list[str]:
+        """Name the sites at which it writes, in its window."""
+        return []
 
     def branches(self) -> tuple[str, ...] | None:
         """Return the branches evaluated within the window, or None to leave the choice to the pipeline."""
@@ -117,12 +131,16 @@ class Intervention:
         kept = self.branches()
         return {} if kept is None else dict.fromkeys(self.steps(timeline), kept)
 
-    def claimed(self, timeline: Timeline) -> dict[str, frozenset[int]]:
+    def claimed(self, timeline: Timeline, family: Family | None = None) -> dict[str, frozenset[int]]:
         """Return what it claims, and in which steps: the window, unless it also decides about what lies around it."""
-        return dict.fromkeys(self.claims(), self.steps(timeline))
+        claims = self.claims() if family is None else self.claims_in(family)
+        return dict.fromkeys(claims, self.steps(timeline))
 
     def check(self, table: Mapping[str, Sequence[Any]], guided: bool) -> None:
         """Raise InterpError if the run cannot carry the intervention; called before anything runs."""
+
+    def check_beside(self, others: Sequence["Intervention"], timeline: Timeline, family: Family) -> None:
+        """Raise InterpError if the others of the list leave it, or one of them, without effect; called before anything runs."""
 
     def check_model(
         self, family: Family, prompts: list[tuple[Tokens, dict[str, Any]]], arguments: Mapping[str, Any]
@@ -144,8 +162,7 @@ class Intervention:
 
     def spec(self) -> dict[str, Any]:
         """Return name and fields as JSON-able values; `from_spec` is the inverse."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {"name": self.name, **values}
+        return {"name": self.name, **{k: _listed(v) for k, v in asdict(self).items()}}
 
     def window(self) -> dict[str, Any]:
         """Return start, stop and unit."""
@@ -186,49 +203,21 @@ def from_spec(spec: Mapping[str, Any]) -> Intervention:
             raise InterpError(
                 f"{cls.__name__} has no field {given!r}{nearest(given, known) or ';'} it has: {', '.join(known)}"
             )
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return cls(**{k: frozen(v) for k, v in values.items()})
 
 
-def check_all(
-    interventions: Sequence[Intervention],
-    timeline: Timeline,
-    table: Mapping[str, Sequence[Any]],
-    guided: bool,
-) -> None:
-    """Check each intervention, and that no two claim the same thing in the same steps.
-
-    Raises:
-        InterpError: one sentence naming the two.
-    """
-    owned: list[tuple[Intervention, str, frozenset[int]]] = []
-    for one in interventions:
-        if not isinstance(one, Intervention):
-            raise InterpError(f"{one!r} is no intervention; give e.g. interp.RemoveText(start=0.6)")
-        claimed = one.claimed(timeline)
-        one.check(table, guided)
-        for claim, steps in claimed.items():
-            for other, owner, taken in owned:
-                both = sorted(steps & taken)
-                if both and _overlap(claim, owner):
-                    raise InterpError(
-                        f"{other!r} and {one!r} both decide about {min(claim, owner, key=len)!r} in step"
-                        f"{'s' if len(both) > 1 else ''} {both[0]}{f'–{both[-1]}' if len(both) > 1 else ''}; "
-                        "give them windows that do not overlap"
-                    )
-        owned += [(one, claim, steps) for claim, steps in claimed.items()]
+def frozen(value: Any) -> Any:
+    """Return lists as tuples, also within each other, so that an intervention can be compared and hashed."""
+    return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
-_CLAIM = re.compile(r"(.*?)(?:\[(\d+):(\d*)\])?(?:/([kv]))?")
+def is_number(value: Any, least: float = -math.inf) -> bool:
+    """Tell whether a field holds a finite number, of at least so much; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and float(value) >= least
 
 
-def _overlap(a: str, b: str) -> bool:
-    """Tell whether two claims meet: `text` holds `text:eos`, which holds `text:eos[0:5]`, which holds `text:eos[0:5]/k`."""
-    (one, first, stop, side), (other, second, end, another) = (_CLAIM.fullmatch(c).groups() for c in (a, b))  # type: ignore[union-attr]
-    if side and another and side != another:
-        return False
-    if one != other:
-        return bool(one.startswith(f"{other}:") or other.startswith(f"{one}:"))
-    return max(int(first or 0), int(second or 0)) < min(int(stop or sys.maxsize), int(end or sys.maxsize))
+def _listed(value: Any) -> Any:
+    return list(map(_listed, value)) if isinstance(value, tuple) else value
 
 
 def attach_all(interventions: Sequence[Intervention], hooks: HookRegistry, batch: Batch) -> None:

@@ -1,8 +1,7 @@
 """Cross-attention that is computed once and reused: T-GATE (arXiv:2404.02747)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -10,10 +9,15 @@ import torch
 
 from interp.branches import spread, take_rows
 from interp.catalog import attention_sites
-from interp.errors import InterpError, nearest, sentence_list
+from interp.clock import Timeline
+from interp.errors import InterpError, nearest
 from interp.families import Family
 from interp.hooks import At, DenoiserCall, HookRegistry
-from interp.interventions.base import Batch, Intervention
+from interp.interventions.base import Batch, Intervention, frozen
+from interp.interventions.claims import claim
+from interp.interventions.layers import chosen_cross_layers
+from interp.interventions.text import TextChange, dry_text
+from interp.standing import StandIns
 from interp.tokens import Tokens
 
 
@@ -62,14 +66,43 @@ class CacheCrossAttention(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.layers, str | list):
-            object.__setattr__(self, "layers", (self.layers,) if isinstance(self.layers, str) else tuple(self.layers))
+        object.__setattr__(self, "layers", (self.layers,) if isinstance(self.layers, str) else frozen(self.layers))
         if self.value not in ("mean", "own"):
             raise InterpError(f"{self!r}: value is 'mean' or 'own'{nearest(str(self.value), ['mean', 'own'])}")
 
     def claims(self) -> frozenset[str]:
         """The output of cross-attention."""
-        return frozenset({"cross_attention"})
+        return frozenset({claim("cross_attention", layers=self.layers)})
+
+    def claims_in(self, family: Family) -> frozenset[str]:
+        """The layers by name."""
+        return frozenset({claim("cross_attention", layers=self._paths(family))})
+
+    def check_beside(self, others: Sequence[Intervention], timeline: Timeline, family: Family) -> None:
+        """Nothing is changed in a module that does not run, nor is other text read where every layer is frozen."""
+        absent, reused = StandIns(), self._steps(timeline)[1]
+        for path in self._paths(family):
+            absent.add(path, lambda _: None, reused)
+        for other in others:
+            for site in other.writes(family):
+                absent.refuse_writer(site, other.steps(timeline))
+        every = [s.name for s in attention_sites(family) if s.kind == "cross"]
+        for other in others if self._paths(family) == every else ():
+            steps = other.steps(timeline)
+            if not isinstance(other, TextChange) or not steps or not steps <= reused:
+                continue
+            pooled = other.pooled != "keep" and dry_text(family, family.arguments()).pooled is not None
+            if not pooled and not family.text_elsewhere:
+                raise InterpError(
+                    f"{other!r} would change nothing: in all of its steps {self!r} reuses what cross-attention gave before; "
+                    "give them other windows"
+                )
+
+    def _steps(self, timeline: Timeline) -> tuple[int, frozenset[int]]:
+        """The step whose outputs are kept, and those in which they are reused."""
+        steps = self.steps(timeline)
+        gate = max(0, min(steps, default=0) - 1)
+        return gate, steps - {gate}
 
     def check_model(
         self, family: Family, prompts: list[tuple[Tokens, dict[str, Any]]], arguments: Mapping[str, Any]
@@ -79,9 +112,7 @@ class CacheCrossAttention(Intervention):
 
     def attach(self, hooks: HookRegistry, batch: Batch) -> None:
         """Keep the outputs of one step, and give them in the steps that follow."""
-        steps = self.steps(batch.timeline)
-        gate = max(0, min(steps, default=0) - 1)
-        reused = steps - {gate}
+        gate, reused = self._steps(batch.timeline)
         for path in self._paths(hooks.family) if reused else ():
             kept = _Kept()
             hooks.read(f"{path}:out", partial(self._keep, kept, len(batch.rows)), {gate})
@@ -113,13 +144,6 @@ class CacheCrossAttention(Intervention):
         return torch.cat(parts)
 
     def _paths(self, family: Family) -> list[str]:
-        cross = [s.name for s in attention_sites(family) if s.kind == "cross"]
-        if not cross:
-            raise InterpError(
-                f"{self!r}: {type(family.pipe).__name__} has no cross-attention whose output could be reused; text and image "
-                "share one attention"
-            )
-        chosen = [n for n in cross if any(fnmatchcase(n, p) for p in self.layers or ("*",))]
-        if not chosen:
-            raise InterpError(f"{self!r} matches no cross-attention layer; there are {sentence_list(cross, 2)}")
-        return chosen
+        model = type(family.pipe).__name__
+        without = f"{model} has no cross-attention whose output could be reused; text and image share one attention"
+        return [s.name for s in chosen_cross_layers(self, family, self.layers, without)]

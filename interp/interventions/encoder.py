@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from interp.clock import Timeline
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import Arguments, Family
-from interp.interventions.base import Batch
+from interp.interventions.base import Batch, Intervention
 from interp.interventions.text import Exchange, Prompts, TextChange
 
 
@@ -38,8 +39,7 @@ class EncoderLayer(TextChange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.encoders, str):
-            object.__setattr__(self, "encoders", (self.encoders,))
+        self.as_tuple("encoders")
         if not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 0:
             raise InterpError(f"{self!r}: layer is how many layers of the text encoder work, a whole number from 0")
 
@@ -51,6 +51,16 @@ class EncoderLayer(TextChange):
         """The encoders must exist and have so many layers."""
         super().check_model(family, prompts, arguments)
         self._silent(family)
+
+    def check_beside(self, others: Sequence[Intervention], timeline: Timeline, family: Family) -> None:
+        """An inner layer's states are computed apart, where nothing else changes the encoder."""
+        mine = {*family.text_encoders} if self.encoders is None else {*self.encoders}
+        for other in others if self.steps(timeline) else ():
+            if mine & {name.partition(".")[0].partition(":")[0] for name in other.writes(family)}:
+                raise InterpError(
+                    f"{self!r} and {other!r} both decide about what a text encoder computes; give one of them, or name other "
+                    "encoders"
+                )
 
     def exchange(self, family: Family, batch: Batch) -> Exchange:
         """Encode the batch's own prompts with the later layers passing their input on."""

@@ -40,10 +40,14 @@ class Edit(Intervention):
         if not callable(self.fn) or not isinstance(self.site, str):
             raise InterpError(f"{self!r}: give a function of (tensor, at), and a site, e.g. 'unet.mid_block:out'")
 
+    def writes(self, family: Family) -> list[str]:
+        """The sites that it names."""
+        return match_sites(family, self.site)
+
     def check_batch(self, family: Family, batch: Batch) -> None:
         """The site must exist; a text encoder's is met once, whatever the window."""
         partial = len(self.steps(batch.timeline)) not in (0, len(batch.timeline))
-        for site in match_sites(family, self.site):
+        for site in self.writes(family):
             if partial and site.partition(".")[0].partition(":")[0] in family.text_encoders:
                 raise InterpError(
                     f"{self!r}: a text encoder runs once, before the first step, so a window has no meaning at {site!r}"

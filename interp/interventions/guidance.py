@@ -7,7 +7,6 @@ alone: `RemoveGuidance`. The names cannot be confused.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,8 +14,9 @@ import torch
 
 from interp.clock import Timeline
 from interp.errors import InterpError
+from interp.families import Family
 from interp.hooks import DenoiserCall, HookRegistry, Prediction
-from interp.interventions.base import Batch, Intervention, Unit
+from interp.interventions.base import Batch, Intervention, Unit, frozen, is_number
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -108,10 +108,9 @@ class GuidanceScale(_Guided):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.scale, list):
-            object.__setattr__(self, "scale", tuple(self.scale))
+        object.__setattr__(self, "scale", frozen(self.scale))
         given = self.scale if isinstance(self.scale, tuple) else (self.scale,)
-        if not given or not all(isinstance(v, Real) and np.isfinite(v) for v in given):
+        if not given or not all(map(is_number, given)):
             raise InterpError(f"{self!r}: the scale is a number, or several that the window runs through")
 
     def claims(self) -> frozenset[str]:
@@ -155,15 +154,27 @@ class GuidanceInterval(_Guided):
 
     name: ClassVar[str] = "guidance_interval"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale is not None and not is_number(self.scale):
+            raise InterpError(f"{self!r}: the scale is a number, or None for the run's own")
+
     def claims(self) -> frozenset[str]:
         """Branches and scale, in every step of the run."""
         return frozenset({"branches", "scale"})
 
-    def claimed(self, timeline: Timeline) -> dict[str, frozenset[int]]:
-        """Outside the window there is no text-free branch; inside there is, with this scale if one is given."""
+    def identity(self) -> "GuidanceInterval":
+        """Guidance everywhere, with the run's own scale; an empty interval means no guidance at all."""
+        return GuidanceInterval()
+
+    def changes(self, timeline: Timeline) -> frozenset[int]:
+        """The steps outside of the window, and those inside, if they get a scale."""
         every = frozenset(range(len(timeline)))
-        scaled = every if self.scale is not None else every - self.steps(timeline)
-        return {"branches": every, "scale": scaled}
+        return every if self.scale is not None else every - self.steps(timeline)
+
+    def claimed(self, timeline: Timeline, family: Family | None = None) -> dict[str, frozenset[int]]:
+        """Outside the window there is no text-free branch; inside there is, with this scale if one is given."""
+        return {"branches": frozenset(range(len(timeline))), "scale": self.changes(timeline)}
 
     def evaluated(self, timeline: Timeline) -> dict[int, tuple[str, ...]]:
         """Outside the window the branch with text alone."""
@@ -202,6 +213,11 @@ class AdaptiveGuidance(_Guided):
 
     name: ClassVar[str] = "adaptive_guidance"
     skips_more: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_number(self.threshold):
+            raise InterpError(f"{self!r}: the threshold is a cosine, a number up to 1")
 
     def claims(self) -> frozenset[str]:
         """The choice of branches has one owner a step."""

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -11,15 +10,16 @@ import torch
 
 from interp.catalog import dry_run
 from interp.errors import InterpError, nearest, sentence_list
-from interp.families import PARTS, AttentionSite, Family
+from interp.families import AttentionSite, Family
 from interp.hooks import At, HookRegistry
 from interp.interventions.aligning import Alignment, align
-from interp.interventions.attention import AttentionChange, chosen_tokens, normalised
-from interp.interventions.base import Batch, Intervention
+from interp.interventions.attention import AttentionChange, normalised
+from interp.interventions.base import Batch, Intervention, frozen, is_number
 from interp.interventions.places import BRANCHES, present
 from interp.interventions.sources import BATCH, Choice, Sourced, kept_source, opened
 from interp.interventions.text import positions
 from interp.stores import Run
+from interp.token_choice import chosen_tokens
 
 NODES = {"cross": "attention", "self": "self_attention"}
 
@@ -68,12 +68,12 @@ class InjectAttention(Sourced, AttentionChange):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "source", kept_source(self.source, type(self).__name__))
-        object.__setattr__(self, "words", (self.words,) if isinstance(self.words, str) else tuple(self.words))
+        object.__setattr__(self, "words", (self.words,) if isinstance(self.words, str) else frozen(self.words))
         for field, known in (("part", ("cross", "self")), ("mode", ("auto", "replace", "refine"))):
             value = getattr(self, field)
             if value not in known:
                 raise InterpError(f"{self!r}: {field} is {sentence_list(known)}{nearest(str(value), known)}")
-        if not isinstance(self.scale, Real) or isinstance(self.scale, bool) or not 0 <= self.scale < float("inf"):
+        if not is_number(self.scale, least=0):
             raise InterpError(f"{self!r}: scale is a number from 0")
         if self.part == "self" and (self.words or self.scale != 1 or self.mode != "auto"):
             raise InterpError(f"{self!r}: words, scale and mode are about text, and part='self' has none")
@@ -83,23 +83,13 @@ class InjectAttention(Sourced, AttentionChange):
             raise InterpError(f"{self!r}: a sample number says all; leave out row and condition")
 
     @property
-    def default_layers(self) -> str:
-        """All layers that have the part."""
+    def changed_part(self) -> str:
+        """The part that is taken."""
         return self.part
 
-    def claims(self) -> frozenset[str]:
+    def whats(self) -> frozenset[str]:
         """The part's probabilities."""
-        return frozenset({self.part_claimed(f"{self.part}_attention:inject")})
-
-    def sites(self, family: Family) -> list[AttentionSite]:
-        """The attention modules that are changed; each must have the part."""
-        sites = super().sites(family)
-        lacking = [s for s in sites if self.part not in PARTS[s.kind]]
-        if lacking:
-            raise InterpError(
-                f"{self!r}: {lacking[0].name!r} is {lacking[0].kind}-attention and has no part {self.part!r}; name other layers"
-            )
-        return sites
+        return frozenset({f"{self.part}_attention:inject"})
 
     # Before the run
 
@@ -113,7 +103,7 @@ class InjectAttention(Sourced, AttentionChange):
             self._alignments(family, batch, taken)
             for i, (tokens, row) in enumerate(zip(batch.tokens, batch.rows, strict=True)):
                 if self.source != BATCH or taken[i] != i:
-                    chosen_tokens(self, tokens, row, self.words, (), ())
+                    chosen_tokens(self, tokens, row, words=self.words)
         if self.source != BATCH:
             for site in self.sites(family):
                 self._stored(family, batch, site, steps)
@@ -187,7 +177,7 @@ class InjectAttention(Sourced, AttentionChange):
         steps = sorted(self.steps(batch.timeline))
         stored = None if self.source == BATCH else self._stored(hooks.family, batch, site, steps)
         heads = range(site.heads) if self.heads is None else self.heads
-        scaled = cache(lambda i: chosen_tokens(self, batch.tokens[i], batch.rows[i], self.words, (), ()))
+        scaled = cache(lambda i: chosen_tokens(self, batch.tokens[i], batch.rows[i], words=self.words))
 
         def change(probs: torch.Tensor, at: At) -> torch.Tensor | None:
             if at.call or (stored is not None and at.evaluation):

@@ -31,6 +31,7 @@ class OtherPrompt(TextChange):
     def check_model(self, family: Family, prompts: Prompts, arguments: Arguments) -> None:
         """The other prompts must fit the context and be as long as these, padding included."""
         super().check_model(family, prompts, arguments)
+        exchanged = False
         for mine, row in prompts:
             other = family.tokenize(fill(self.prompt, row), arguments)
             if len(other.ids) != len(mine.ids) and not family.ragged:
@@ -38,6 +39,9 @@ class OtherPrompt(TextChange):
                     f"{self!r}: the other prompt has {len(other.ids)} text positions and this one {len(mine.ids)}; with "
                     f"{type(family.pipe).__name__} both must have the same number of tokens"
                 )
+            exchanged = exchanged or family.ragged or max(self._source(family, mine, other, arguments)) >= 0
+        if not exchanged and self.pooled != "only":
+            raise InterpError(f"{self!r} would change nothing: it leaves no position of any prompt to be exchanged")
 
     def exchange(self, family: Family, batch: Batch) -> Exchange:
         """Encode the other prompts, once for the batch."""
@@ -48,15 +52,17 @@ class OtherPrompt(TextChange):
             room = max(len(t.ids) for t in tokens) + max(len(t.ids) for t in others)
             tokens, others = ([t.lengthened(room) for t in some] for some in (tokens, others))
         encoded = family.widened(family.encode(prompts, batch.arguments), len(tokens[0].ids))
-        found = []
-        for mine, other in zip(tokens, others, strict=True):
-            source = [-1] * len(mine.ids)
-            for where in positions(family, batch.arguments, len(mine.ids)).values():
-                part = slice(where.start, where.stop)
-                for p, q in self.take(mine.part(part), other.part(part)).items():
-                    source[where[p]] = where[q]
-            found.append(source)
+        found = [self._source(family, mine, other, batch.arguments) for mine, other in zip(tokens, others, strict=True)]
         return Exchange(torch.tensor(found), lambda own: encoded)
+
+    def _source(self, family: Family, mine: Tokens, other: Tokens, arguments: Arguments) -> list[int]:
+        """The position that each token's new state comes from, −1 where it keeps its own."""
+        source = [-1] * len(mine.ids)
+        for where in positions(family, arguments, len(mine.ids)).values():
+            part = slice(where.start, where.stop)
+            for p, q in self.take(mine.part(part), other.part(part)).items():
+                source[where[p]] = where[q]
+        return source
 
     def take(self, mine: Tokens, other: Tokens) -> dict[int, int]:
         """Return which positions of one encoder are taken from which of the other prompt's."""

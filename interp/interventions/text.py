@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from interp.catalog import attention_sites
-from interp.errors import InterpError, nearest, sentence_list
-from interp.families import Arguments, EncodedPrompt, Family
+from interp.errors import InterpError, nearest
+from interp.families import Arguments, AttentionSite, EncodedPrompt, Family
 from interp.hooks import At, DenoiserCall, HookRegistry
-from interp.interventions.base import Batch, Intervention
+from interp.interventions.base import Batch, Intervention, frozen
+from interp.interventions.claims import claim
+from interp.interventions.layers import chosen_cross_layers
 from interp.tokens import Tokens
 
 Prompts = list[tuple[Tokens, dict[str, Any]]]
@@ -52,7 +52,7 @@ class TextChange(Intervention):
         self.one_of("side", ("kv", "k", "v"))
         self.one_of("pooled", ("replace", "keep", "only"))
         self.as_tuple("layers")
-        if self.pooled == "only" and not (self.side == "kv" and self.layers is None):
+        if self.pooled == "only" and self.layered:
             raise InterpError(f"{self!r}: pooled='only' leaves the tokens alone, so it has no side and no layers")
 
     def one_of(self, field: str, words: Sequence[str]) -> None:
@@ -65,8 +65,7 @@ class TextChange(Intervention):
     def as_tuple(self, field: str) -> None:
         """Let a field that holds several take one alone."""
         value = getattr(self, field)
-        if isinstance(value, (str, int)):
-            object.__setattr__(self, field, (value,))
+        object.__setattr__(self, field, (value,) if isinstance(value, (str, int)) else frozen(value))
 
     def exchange(self, family: Family, batch: Batch) -> Exchange:
         """Return where the new states come from, for a batch."""
@@ -78,11 +77,34 @@ class TextChange(Intervention):
 
     def claims(self) -> frozenset[str]:
         """The tokens, and the pooled vector."""
-        pooled = frozenset() if self.pooled == "keep" else frozenset({"pooled"})
-        if self.pooled == "only":
-            return pooled
-        side = "" if self.side == "kv" else f"/{self.side}"
-        return pooled | {claim + side for claim in self.tokens_claimed()}
+        return self._claimed(self.layers, has_pooled=True)
+
+    def claims_in(self, family: Family) -> frozenset[str]:
+        """The same, with the layers by name, and the pooled vector if there is one."""
+        if family.fallback:  # of whose text nothing is known
+            return self.claims()
+        pooled = dry_text(family, family.arguments()).pooled is not None
+        return self._claimed(None if self.layers is None else [s.name for s in self._sites(family)], pooled)
+
+    def _claimed(self, layers: Sequence[str] | None, has_pooled: bool) -> frozenset[str]:
+        side = None if self.side == "kv" else self.side
+        tokens = frozenset() if self.pooled == "only" else self.tokens_claimed()
+        pooled = frozenset({"pooled"} if has_pooled and self.pooled != "keep" else ())
+        return pooled | {claim(one, side=side, layers=layers) for one in tokens}
+
+    @property
+    def layered(self) -> bool:
+        """Whether keys or values, or some layers alone, read the new states."""
+        return self.side != "kv" or self.layers is not None
+
+    def writes(self, family: Family) -> list[str]:
+        """What the keys and values of some layers are made of."""
+        sites = self._sites(family) if self.layered else []
+        return [f"{site.name}.to_{one}:in" for site in sites for one in self.side]
+
+    def acts_on(self) -> tuple[str, ...]:
+        """The branch with text."""
+        return ("cond",)
 
     def check_model(self, family: Family, prompts: Prompts, arguments: Arguments) -> None:
         """The layers must exist, and the pooled vector if it alone is to be exchanged."""
@@ -92,28 +114,21 @@ class TextChange(Intervention):
                 f"{self!r}: the run's options give {apart[0]!r}, so its text encoders read different prompts, and positions "
                 "of one are not those of the other; leave it out"
             )
-        if self.side != "kv" or self.layers is not None:
+        if self.layered:
             self._sites(family)
         if self.pooled == "only" and dry_text(family, arguments).pooled is None:
             raise InterpError(f"{self!r}: {type(family.pipe).__name__} gives its denoiser no pooled vector of the text")
 
-    def _sites(self, family: Family) -> list[str]:
-        """The cross-attention sites that read the new states."""
-        every = attention_sites(family)
-        cross = [s for s in every if s.kind == "cross"]
-        if not cross:
-            raise InterpError(
-                f"{self!r}: in {type(family.pipe).__name__} the text is a stream that every block changes, so there are no "
-                "keys or values of the prompt by layer; leave out side and layers"
-            )
-        chosen = [s for s in cross if any(fnmatchcase(s.name, p) for p in self.layers or ("*",))]
-        if not chosen:
-            raise InterpError(
-                f"{self!r} matches no cross-attention layer; there are {sentence_list([s.name for s in cross], 2)}"
-            )
+    def _sites(self, family: Family) -> list[AttentionSite]:
+        """The cross-attention layers that read the new states."""
+        chosen = chosen_cross_layers(
+            self, family, self.layers,
+            f"in {type(family.pipe).__name__} the text is a stream that every block changes, so there are no keys or values of "
+            "the prompt by layer; leave out side and layers",
+        )  # fmt: skip
         if any(getattr(s.module, "fused_projections", False) for s in chosen):
             raise InterpError(f"{self!r} needs separate key and value projections; call pipe.unfuse_qkv_projections()")
-        return [s.name for s in chosen]
+        return chosen
 
     def attach(self, hooks: HookRegistry, batch: Batch) -> None:
         """Prepare the other states once, then exchange in each denoiser call of the window."""
@@ -122,8 +137,9 @@ class TextChange(Intervention):
             return
         family, exchange = hooks.family, self.exchange(hooks.family, batch)
         layered = None
-        if self.side != "kv" or self.layers is not None:
-            layered = _Layers(hooks, self._sites(family), self.side, exchange.source, steps)
+        if self.layered:
+            sites = [s.name for s in self._sites(family)]
+            layered = _Layers(hooks, sites, self.side, exchange.source, steps)
 
         def edit(call: DenoiserCall) -> None:
             if layered is not None:
@@ -205,7 +221,8 @@ class _Layers:
     def _exchange(self, states: torch.Tensor, at: At) -> torch.Tensor | None:
         if self._states is None or at.branch != "cond":
             return None
-        return taken(states, self._states, self._source, at_source=False)
+        here = list(at.members)  # samples may have left the call
+        return taken(states, self._states[here], self._source[here], at_source=False)
 
     def _unmask(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call, given = self._call, kwargs.get("attention_mask")

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -10,12 +9,13 @@ import torch
 
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import Arguments, EncodedPrompt, Family
-from interp.interventions.base import Batch
+from interp.interventions.base import Batch, is_number
+from interp.interventions.claims import token_claims
 from interp.interventions.text import Exchange, Prompts, TextChange, check_count, check_text, dry_text, positions
 from interp.prompts import fill
 from interp.stores.table import ROLES
-from interp.token_choice import occurrences
-from interp.tokens import WORD, Tokens
+from interp.token_choice import chosen_tokens
+from interp.tokens import Tokens
 
 VALUES = ("zero", "random", "bos", "eos", "pad", "repeat", "prompt")
 
@@ -95,7 +95,7 @@ class ReplaceTokens(TextChange):
             raise InterpError(f"{self!r}: value='prompt' and prompt='…' go together; another value takes no prompt")
         if self.prompt is not None:
             check_text(self, self.prompt)
-        if not isinstance(self.scale, Real) or isinstance(self.scale, bool) or not 0 <= self.scale < float("inf"):
+        if not is_number(self.scale, least=0):
             raise InterpError(f"{self!r}: scale is a number from 0, in standard deviations of the states")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InterpError(f"{self!r}: seed is a whole number")
@@ -106,19 +106,7 @@ class ReplaceTokens(TextChange):
 
     def tokens_claimed(self) -> frozenset[str]:
         """The roles, words and positions, as far as they are known without a prompt."""
-        claims = {f"text:{role}" for role in self.roles if role not in ("eos", "pad")}
-        run = {role: (int(role == "pad"), int(role == "eos") or None) for role in self.roles if role in ("eos", "pad")}
-        if run:
-            first, stop = min(a for a, _ in run.values()), None if "pad" in run else 1
-            if self.count is not None:
-                stop = min(first + self.count, stop or first + self.count)
-            claims.add(f"text:eos[{first}:{'' if stop is None else stop}]")
-        which = "" if self.occurrence is None else f"[{self.occurrence}:{self.occurrence + 1}]"
-        for phrase in self.words:
-            claims |= (
-                {"text:word"} if "{" in phrase else {f"text:word:{w}{which}" for w in WORD.findall(phrase.lower())}
-            )
-        return frozenset(claims | {f"text[{i}:{i + 1}]" for i in self.indices})
+        return token_claims("text", self.words, self.roles, self.indices, self.occurrence, self.count)
 
     # Before the run
 
@@ -182,40 +170,20 @@ class ReplaceTokens(TextChange):
         self, family: Family, tokens: Tokens, row: Mapping[str, Any], empty: Tokens, arguments: Arguments
     ) -> list[int]:
         """The position that each token's new state comes from, −1 where it keeps its own."""
-        source, chosen = [-1] * len(tokens.ids), self._chosen(tokens, row)
+        source = [-1] * len(tokens.ids)
+        chosen = chosen_tokens(
+            self, tokens, row, words=self.words, roles=self.roles, indices=self.indices, occurrence=self.occurrence
+        )
         held = set()
         for where in positions(family, arguments, len(tokens.ids)).values():
             inside = [p for p in where if p in chosen][: self.count]
             held |= set(where)
             for p, q in zip(inside, self._from(where, inside, tokens, empty), strict=True):
                 source[p] = q
-        outside = sorted(chosen - held) if self.indices else []
+        outside = sorted({*chosen} - held) if self.indices else []
         if outside:
             raise InterpError(f"{self!r}: no text encoder fills position {outside[0]} in {type(family.pipe).__name__}")
         return source
-
-    def _chosen(self, tokens: Tokens, row: Mapping[str, Any]) -> set[int]:
-        chosen = {p for p, role in enumerate(tokens.role) if role in self.roles}
-        for phrase in self.words:
-            found = occurrences(phrase, tokens, row)
-            if not found:
-                raise InterpError(
-                    f"{self!r}: {fill(phrase, row)!r} is not in the prompt {row['prompt']!r}"
-                    f"{nearest(fill(phrase, row), tokens.words)}"
-                )
-            if self.occurrence is not None:
-                if self.occurrence >= len(found):
-                    raise InterpError(
-                        f"{self!r}: {fill(phrase, row)!r} appears {len(found)}× in the prompt {row['prompt']!r}, and "
-                        "occurrences are counted from 0"
-                    )
-                found = [found[self.occurrence]]
-            chosen |= {p for one in found for p in one}
-        for i in self.indices:
-            if i >= len(tokens.ids):
-                raise InterpError(f"{self!r}: the text of {row['prompt']!r} has the positions 0–{len(tokens.ids) - 1}")
-            chosen.add(i)
-        return chosen
 
     def _from(self, where: range, chosen: list[int], tokens: Tokens, empty: Tokens) -> list[int]:
         """Positions whose states the chosen ones of one encoder take."""

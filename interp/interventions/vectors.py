@@ -8,10 +8,14 @@ import numpy as np
 import torch
 
 from interp.errors import InterpError
+from interp.interventions.arrays import given_numbers, kept_path, read_array
 from interp.stores import Run
 
 Vector = str | tuple[float, ...]
 """The path of a file, or one number a channel."""
+
+
+WHAT = "Steer: a vector"
 
 
 def kept_vector(given: Any) -> Vector:
@@ -21,17 +25,12 @@ def kept_vector(given: Any) -> Vector:
         InterpError: it is neither numbers in one dimension nor the path of a .npy or .safetensors file.
     """
     if isinstance(given, (str, Path)):
-        if Path(given).suffix not in (".npy", ".safetensors"):
-            raise InterpError(f"Steer: a vector's file ends in .npy or .safetensors, not {str(given)!r}")
-        return str(given)
-    try:
-        values = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise InterpError(f"Steer: a vector is numbers or the path of a file, not a {type(given).__name__}") from error
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        return kept_path(given, WHAT)
+    values = given_numbers(given, WHAT)
+    if values.ndim != 1:
         raise InterpError(
-            f"Steer: a vector is finite numbers, one a channel, not an array of shape {values.shape}; save larger ones with "
-            "numpy.save and give the path"
+            f"{WHAT} is numbers, one a channel, not an array of shape {values.shape}; save larger ones with numpy.save and "
+            "give the path"
         )
     return tuple(values.tolist())
 
@@ -42,28 +41,7 @@ def read_vector(vector: Vector) -> torch.Tensor:
     Raises:
         InterpError: its file is not there, or does not hold one array of finite numbers.
     """
-    if not isinstance(vector, str):
-        return torch.tensor(vector, dtype=torch.float32)
-    if not Path(vector).is_file():
-        raise InterpError(f"Steer: there is no file {vector!r}")
-    try:
-        found = _tensors(vector)
-    except Exception as error:  # whatever the readers make of a damaged file, or of one that asks to be unpickled
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InterpError(f"Steer: {vector!r} cannot be read as numbers: {first}") from error
-    if len(found) != 1:
-        raise InterpError(f"Steer: {vector!r} holds {len(found)} arrays; keep one vector a file")
-    if not torch.isfinite(found[0]).all():
-        raise InterpError(f"Steer: {vector!r} holds numbers that are not finite")
-    return found[0]
-
-
-def _tensors(path: str) -> list[torch.Tensor]:
-    if path.endswith(".npy"):
-        return [torch.from_numpy(np.asarray(np.load(path, allow_pickle=False), dtype=np.float32))]
-    from safetensors.torch import load_file
-
-    return [t.float() for t in load_file(path).values()]
+    return read_array(vector, WHAT) if isinstance(vector, str) else torch.tensor(vector, dtype=torch.float32)
 
 
 def steering_vector(

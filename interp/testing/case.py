@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -104,14 +104,19 @@ class FamilyCase:
         finally:
             pipe.scheduler = own
 
-    @contextmanager
-    def scheduled(self, scheduler: Any) -> Iterator[None]:
+    def scheduled(self, scheduler: Any) -> AbstractContextManager[None]:
         """Lend the pipeline another scheduler."""
-        own, self.pipe.scheduler = self.pipe.scheduler, scheduler
-        try:
-            yield
-        finally:
-            self.pipe.scheduler = own
+        return scheduled(self.pipe, scheduler)
+
+
+@contextmanager
+def scheduled(pipe: Any, scheduler: Any) -> Iterator[None]:
+    """Lend a pipeline another scheduler."""
+    own, pipe.scheduler = pipe.scheduler, scheduler
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 def fingerprint(pipe: Any) -> dict[str, Any]:

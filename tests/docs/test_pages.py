@@ -32,9 +32,11 @@ EXPECTED = {
         "[0.0, 0.0] True",
     ],
     "interventions": [
-        "[10  6 10 10]",
-        "adaptive  passes [13, 12]",
-        "T-GATE    passes [14, 14]",
+        "[5 3 5 5]",
+        "adaptive  passes [9, 8]",
+        "T-GATE    passes [9, 9]",
+        "frozen in [1, 3]",
+        "does not run there",
         "[2 1 2] [-1 -1 16]",
         "hidden [0.0, 0.0]",
         "[False, True]",
@@ -43,7 +45,9 @@ EXPECTED = {
         "'all [SOS]', '[SOS] + 76 [EOS]'] ['bos', 'eos']",
         "[-1  0  2  4] 0.0",
         "no pooled vector",
-        "both decide about",
+        "both decide about 'branches'",
+        "both decide about 'site unet.mid_block:out'",
+        "which RemoveText(start=0.5) leaves out in steps 25–49",
     ],
 }
 

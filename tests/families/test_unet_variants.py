@@ -99,6 +99,8 @@ def test_image_to_image_begins_later():
     whole = interp.plan(sd1(), "a red circle", steps=6).timeline.timestep
     assert run.latents.timestep.values.tolist() == whole[3:].tolist()
     assert (run.images.sizes["height"], run.images.sizes["width"]) == SIZE
+    with pytest.raises(interp.InterpError, match=r"starts from a picture.* interp\.record"):
+        interp.trace(pipe, "a red circle", steps=6)
 
 
 def test_inpainting_that_mixes_latents_outside_the_scheduler_is_refused():

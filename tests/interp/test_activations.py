@@ -125,8 +125,8 @@ def test_a_fixed_step_and_one_sample_for_all():
         assert same(run, looped(pipe))
 
 
-def test_parts_equal_slices():
-    """Channels, a region of the picture (both layouts), tokens of the text: torch slices of a plain hook."""
+def test_parts_equal_slices(tmp_path):
+    """Channels, a part of the picture (both layouts), tokens of the text: torch slices of a plain hook."""
     pipe = tiny("sd1")
     mid, block, keys = (kept(site) for site in SITES)
 
@@ -146,8 +146,25 @@ def test_parts_equal_slices():
         x[:, 4:, :4] = grid(block[call])[:, 4:, :4]
         return x.flatten(1, 2)
 
+    # a mask of 16×16 for 8×8 cells: two corners of four quarters each, a cell of which half lies inside, one with a quarter
+    mask = np.zeros((16, 16))
+    mask[:4, :4] = mask[8:, 12:] = mask[6, 6:8] = mask[15, 1] = 1
+    np.save(tmp_path / "mask.npy", mask)
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[:2, :2] = inside[4:, 6:] = inside[3, 3] = True
+
+    def within(x, new):
+        return torch.where(inside, new, x)
+
     every = slice(None)
     cases = [
+        (interp.Patch(source(), MID, mask=mask), MID, lambda x, call: within(x, mid[call])),
+        (
+            interp.Patch(source(), BLOCK, mask=str(tmp_path / "mask.npy"), region=(0, 0, 1, 0.5)),
+            BLOCK,
+            lambda x, call: torch.where((inside & (torch.arange(8) < 4)).flatten()[:, None], block[call], x),
+        ),
+        (interp.Steer(MID, [0.5] * 32, mask=mask.astype(bool).tolist()), MID, lambda x, call: within(x, x + 0.5)),
         (interp.Patch(source(), MID, channels=(0, 5)), MID, put(mid, (every, [0, 5]))),
         (interp.Patch(source(), BLOCK, channels=3), BLOCK, put(block, (every, every, [3]))),
         (

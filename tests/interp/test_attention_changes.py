@@ -445,7 +445,7 @@ def test_messages(tmp_path):
     refused("refine", interp.InjectAttention("batch", row=0, mode="replace"), prompts=(A, LONGER))
     refused("both decide about", interp.InjectAttention("batch", row=0), interp.InjectAttention("batch", row=1))
     refused("both decide about 'cross_attention", interp.CacheCrossAttention(), interp.ScaleAttention("a", scale=2.0))
-    refused("no part 'self'", interp.InjectAttention("batch", row=0, part="self", layers="*attn2"))
+    refused("no layer with self-attention by", interp.InjectAttention("batch", row=0, part="self", layers="*attn2"))
     stored = traced("sd1", [], [A, B])
     refused(
         "did not capture 'unet.*Capture\\(attention='cross', heads='all', tokens='all'", interp.InjectAttention(stored)

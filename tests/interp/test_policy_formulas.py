@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -43,12 +44,25 @@ CASES = {
     "sd3 flow Heun": ("sd3", FlowMatchHeunDiscreteScheduler, HEUN),
     "flux flow": ("flux", None, None),
 }
+MORE = {
+    "sdxl DDIM": ("sdxl", DDIMScheduler, None),
+    "sdxl DPM-Solver++": ("sdxl", DPMSolverMultistepScheduler, None),
+    "sdxl Heun": ("sdxl", HeunDiscreteScheduler, HEUN),
+    "pixart_alpha DDIM": ("pixart_alpha", DDIMScheduler, None),
+    "pixart_alpha Euler": ("pixart_alpha", EulerDiscreteScheduler, None),
+    "pixart_alpha Heun": ("pixart_alpha", HeunDiscreteScheduler, HEUN),
+}
+"""The other pairs of model and scheduler; FLUX's pipeline gives noise levels, which flow-matching Heun does not take."""
+
+
+def model(case):
+    return (CASES | MORE)[case][0]
 
 
 @contextmanager
 def lent(case):
     """The pipeline of a case with its scheduler, and the step of each evaluation."""
-    name, cls, steps = CASES[case]
+    name, cls, steps = (CASES | MORE)[case]
     pipe = tiny(name)
     if cls is None:
         yield pipe, list(range(STEPS))
@@ -62,7 +76,7 @@ def traced(case, pipe, *changes):
     table = [{"prompt": p, "negative_prompt": n} for p, n in zip(PROMPTS, NEGATIVES, strict=True)]
     return interp.trace(
         pipe, table, seeds=[3], steps=STEPS, guidance_scale=SCALE, capture=BARE, batch_size=2, height=32, width=32,
-        interventions=changes, progress=False, options=OPTIONS.get(CASES[case][0]),
+        interventions=changes, progress=False, options=OPTIONS.get(model(case)),
     )  # fmt: skip
 
 
@@ -84,7 +98,7 @@ def reference(case, pipe, calls, formula):
         first = i == 0 or calls[i] != calls[i - 1]
         return own(formula(calls[i], u[:, :width], c[:, :width], first), *args, **kwargs)
 
-    name = CASES[case][0]
+    name = model(case)
     handle, scheduler.step = denoiser.register_forward_hook(look), step
     options = {"guidance_scale": SCALE, **OPTIONS.get(name, {})}
     try:
@@ -115,7 +129,7 @@ def test_scales_are_the_formula(case):
     assert (run.nfe.values == len(calls)).all()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *MORE])
 def test_branches_removed_early_in_the_middle_and_late(case):
     """Text off in the first step, guidance off in the third, and another scale in between."""
     unit = {"unit": "step"}
@@ -129,7 +143,7 @@ def test_branches_removed_early_in_the_middle_and_late(case):
         run = traced(case, pipe, *changes)
         plan = interp.plan(
             pipe, PROMPTS, steps=STEPS, guidance_scale=SCALE, capture=BARE, interventions=changes,
-            options=OPTIONS.get(CASES[case][0]),
+            options=OPTIONS.get(model(case)),
         )  # fmt: skip
     assert close(run, want)
     passes = [sum(i != off for i in calls) for off in (0, 2)]
@@ -173,9 +187,7 @@ def test_adaptive_guidance_sample_by_sample(case):
 @pytest.mark.parametrize("case", ["sd1 Heun", "sdxl Euler", "sd3 flow", "flux flow"])
 def test_guidance_in_an_interval_of_noise(case):
     with lent(case) as (pipe, calls):
-        sigma = interp.plan(
-            pipe, PROMPTS, steps=STEPS, capture=BARE, options=OPTIONS.get(CASES[case][0])
-        ).timeline.sigma
+        sigma = interp.plan(pipe, PROMPTS, steps=STEPS, capture=BARE, options=OPTIONS.get(model(case))).timeline.sigma
         want = reference(case, pipe, calls, lambda i, u, c, first: u + 3 * (c - u) if i in (1, 2) else c)
         run = traced(case, pipe, interp.GuidanceInterval(start=float(sigma[1]), stop=float(sigma[3]), scale=3.0))
     assert close(run, want)
