@@ -82,3 +82,10 @@ def spread(tensor: torch.Tensor, members: tuple[int, ...], samples: int) -> torc
         return tensor
     whole = torch.full((samples, *tensor.shape[1:]), float("nan"), dtype=tensor.dtype, device=tensor.device)
     return whole.index_copy_(0, numbers(members, tensor.device), tensor)
+
+
+def stack_branches(parts: dict[str, torch.Tensor], wanted: Sequence[str], like: torch.Tensor) -> torch.Tensor:
+    """Stack branches to (sample, branch, …); one that was not evaluated is NaN, never 0."""
+    device = next((t.device for t in parts.values()), like.device)
+    empty = torch.full(like.shape, float("nan"), dtype=like.dtype, device=device)
+    return torch.stack([parts.get(b, empty) for b in wanted], dim=1)

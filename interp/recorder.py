@@ -2,30 +2,24 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from interp.branches import numbers, spread
-from interp.capture import AttentionPart
-from interp.captured import UPDATE, ReduceCapture, SiteCapture, attention_groups, site_node
+from interp.branches import spread, stack_branches
+from interp.captured import UPDATE, SiteCapture, site_node
 from interp.clock import StepEnd, StepStart
 from interp.encoder_states import fitted, hidden_states
 from interp.errors import InterpError
 from interp.hooks import At, DenoiserCall, HookRegistry, Prediction
 from interp.kernels import AttentionCall
-from interp.named_reductions import Place, Sums
 from interp.outbox import Outbox
 from interp.planning import Plan
-from interp.reduction import AttentionReducer, Layer
-from interp.regions import Cells
+from interp.step_attention import StepAttention
 from interp.stores import RunWriter
-from interp.stores.table import ROLES
-from interp.tokens import TokenSelection
 
 BRANCHES = ("cond", "uncond")
 TIMESTEP = "timestep"
@@ -51,27 +45,8 @@ class Recorder:
         self.waiting = set(samples if waiting is None else waiting)  # the others are done: computed, not written
         # a row whose place belongs to another sample only fills the batch, and is not written
         self._written = [(row, i) for row, i in enumerate(places or samples) if i in self.waiting]
-        capture, columns = plan.capture, plan.selection
-        pads = None if columns.pads is None else columns.pads[self.samples]
-        selection = TokenSelection(columns.positions[self.samples], pads, columns.table)
-        self._kept = set(capture.chosen_steps(len(plan.timeline)))
-        self._groups = attention_groups(plan.attention)
-        observed = [*plan.attention, *(s for one in plan.reductions for s in one.layers)]
-        self._observed = {one.name: one.site for one in observed}
-        self._cells = {n: Cells(s.grid, *capture.chosen_cells(s.grid)) for n, s in self._observed.items()}
-        self._reducers = {
-            name: AttentionReducer(
-                members[0].part,
-                members[0].site.grid if members[0].part == "text" else self._cells[members[0].name].size,
-                None if capture.heads == "mean" else capture.chosen_heads(members[0].site.heads),
-                None if members[0].part == "self" else selection,
-                getattr(torch, capture.dtype),
-                members[0].site.grid,
-            )
-            for name, members in self._groups.items()
-        }
-        # kernel calls of the step, one a site, or one a site and branch if guidance takes a call per branch
-        self._calls: dict[str, list[tuple[AttentionCall, DenoiserCall]]] = defaultdict(list)
+        self._kept = set(plan.capture.chosen_steps(len(plan.timeline)))
+        self._attention = StepAttention(hooks, plan, self.samples)
         self._values: dict[tuple[str, str], torch.Tensor] = {}
         self._noise: dict[str, torch.Tensor] = {}
         self._text: dict[str, torch.Tensor] = {}
@@ -83,13 +58,11 @@ class Recorder:
         self._names: dict[str, str] = {}  # of numbered branches
         self._final: torch.Tensor | None = None
         self._steps = 0
-        self._selection = selection
-        self._sums = {one.name: Sums(one.named.mean) for one in plan.reductions if one.named is not None and one.over}
         self._outbox = Outbox()
         self._attach()
 
     def _attach(self) -> None:
-        for site in self._observed.values():
+        for site in self._attention.sites:
             self.hooks.on_attention(site, self._on_attention)
         for wanted in self.plan.sites:
             for source in wanted.sources:
@@ -110,7 +83,7 @@ class Recorder:
 
     def _on_attention(self, kernel: AttentionCall, call: DenoiserCall) -> None:
         if call.step in self._kept and call.evaluation == 0 and kernel.call == 0:
-            self._calls[kernel.site].append((replace(kernel, value=None), call))  # values are not needed, and large
+            self._attention.add(kernel, call)
 
     def _on_site(self, wanted: SiteCapture, tensor: torch.Tensor, at: At) -> None:
         if at.step not in self._kept or at.evaluation or at.call or not self._wanted(at.branch):
@@ -172,11 +145,11 @@ class Recorder:
             parcel["trajectory/latents"] = start.latents.float()
         if self.plan.capture.noise_pred:
             predicted = {b: t.float() for b, t in self._noise.items()}
-            parcel["trajectory/noise_pred"] = _branches(predicted, BRANCHES, start.latents.float())
+            parcel["trajectory/noise_pred"] = stack_branches(predicted, BRANCHES, start.latents.float())
         parcel["trajectory/guidance_scale"] = self._applied_guidance()
         if start.step in self._kept:
             parcel |= self._reduced(start.step)
-        self._calls.clear()
+        self._attention.clear()
         self._values.clear()
         self._noise = {}
         self._evaluated, self._scale = {}, None
@@ -220,23 +193,7 @@ class Recorder:
 
     def _reduced(self, step: int) -> dict[str, torch.Tensor]:
         """Attention and module sites of the step that ends."""
-        parcel, wanted = {}, self.plan.capture.branches
-        for name, members in self._groups.items():
-            ran = [i for i, one in enumerate(members) if self._did_run(one.name)]
-            layers = [self._layers(members[i]) for i in ran]
-            shape = self.plan.layout.arrays[f"{name}/probs"].shape[3:]
-            like = torch.empty((len(self.samples), *shape), dtype=getattr(torch, self.plan.capture.dtype))
-            parts = {}
-            for b in wanted:
-                if layers and all(b in layer for layer in layers):
-                    held = layers[0][b][0].members
-                    part = spread(self._reducers[name]([layer[b][0] for layer in layers]), held, len(self.samples))
-                    parts[b] = part if len(ran) == len(members) else _at_layers(part, ran, len(members))
-            parcel[f"{name}/probs"] = _branches(parts, wanted, like)
-        for one in self.plan.reductions:
-            value = self._reduction(one, last=step == max(self._kept))
-            if value is not None:
-                parcel[f"{site_node(one.name)}/value"] = value
+        parcel, wanted = self._attention.reduced(last=step == max(self._kept)), self.plan.capture.branches
         for site in self.plan.sites:
             parts = {b: t.float() for (name, b), t in self._values.items() if name == site.site}
             gaps = set(self._evaluated) & set(wanted) - set(parts)
@@ -246,79 +203,8 @@ class Recorder:
                     "turned off (disable_cache() of the denoiser, DeepCache and the like)"
                 )
             like = torch.empty((len(self.samples), *site.shape))
-            parcel[f"{site_node(site.site)}/value"] = _branches(parts, wanted, like)
+            parcel[f"{site_node(site.site)}/value"] = stack_branches(parts, wanted, like)
         return parcel
-
-    def _layers(self, one: AttentionPart) -> dict[str, tuple[Layer, DenoiserCall]]:
-        """One layer's kernel call of each branch that was evaluated in the step."""
-        found, cells = {}, self._cells[one.name]
-        for kernel, call in self._calls[one.name]:
-            queries, keys = self.hooks.spans(kernel, call).part(one.part)
-            if not cells.all and one.part != "text":  # a region is one of the image's queries
-                kernel = cells.crop(kernel, queries.start)
-                queries = slice(0, len(cells.positions))
-            start = 0
-            for branch, members in call.held.items():
-                rows = slice(start, start + len(members))
-                found[branch] = (Layer(kernel, rows, queries, keys, members), call)
-                start = rows.stop
-        return found
-
-    def _did_run(self, layer: str) -> bool:
-        """Tell whether an attention layer ran in this step; one that did not, though nothing stands in for it, is an error."""
-        if layer in self._calls or self.hooks.stood_in(layer):
-            return layer in self._calls
-        raise InterpError(
-            f"{layer!r} did not run in this step, so its attention cannot be recorded; a cache that skips blocks must be "
-            "turned off (disable_cache() of the denoiser, DeepCache and the like)"
-        )
-
-    def _reduction(self, one: ReduceCapture, last: bool) -> torch.Tensor | None:
-        """A reduction of the step's layers, (sample, branch, …); of all steps at the last one, if it is added up over them."""
-        wanted, sums = self.plan.capture.branches, self._sums.get(one.name)
-        keep_layers, by_layer = "layer" not in one.over, []
-        for i, layer in enumerate(one.layers):
-            parts = self._reduce_layer(one, layer)
-            by_layer.append(parts)
-            for branch, value in parts.items():
-                if sums is not None:
-                    sums.add((branch, i if keep_layers else 0), value)
-        if sums is not None and not last:
-            return None
-        if sums is not None:
-            found = sums.result()
-            count = len(one.layers) if keep_layers else 1
-            by_layer = [{b: found[b, i] for b in wanted if (b, i) in found} for i in range(count)]
-        like = torch.empty((len(self.samples), *one.shape))
-        values = [_branches(parts, wanted, like) for parts in by_layer]
-        return torch.stack(values, dim=2) if keep_layers else values[0]
-
-    def _reduce_layer(self, one: ReduceCapture, layer: AttentionPart) -> dict[str, torch.Tensor]:
-        """Apply a reduction to one layer: branch → (sample, …)."""
-        parts = {}
-        for branch, (kept, call) in (self._layers(layer) if self._did_run(layer.name) else {}).items():
-            if branch in self.plan.capture.branches:
-                probs = kept.probabilities()
-                if one.named is not None:
-                    members = list(kept.members)
-                    roles = self._roles[branch][members] if one.named.of_text else None
-                    place = Place(roles, self._selection.of(members), layer.site.grid, one.largest)
-                    value = one.named.fn(probs, place)
-                else:
-                    assert one.fn is not None
-                    value = one.fn(probs, call.at(f"{layer.name}:probs", branch))
-                parts[branch] = spread(value.detach().float(), kept.members, len(self.samples))
-        return parts
-
-    @cached_property
-    def _roles(self) -> dict[str, torch.Tensor]:
-        """Branch → (sample, position), the role of each token as a number in `ROLES`, −1 behind the end of the text."""
-        found = {}
-        for branch, tokens in (("cond", self.plan.tokens), ("uncond", self.plan.negatives)):
-            roles = [tokens[i].role for i in self.samples]
-            width = max(map(len, roles))
-            found[branch] = torch.tensor([[*map(ROLES.index, r), *[-1] * (width - len(r))] for r in roles])
-        return found
 
     def _append(self, step: int, arrays: dict[str, np.ndarray]) -> None:
         if TIMESTEP in arrays:
@@ -373,7 +259,7 @@ class Recorder:
             width = self.plan.layout.arrays[array].shape[2]
             parts = {b: t[:, span].float().cpu() for b, t in self._text.items()}
             parts = {b: F.pad(t, (0, 0, 0, width - t.shape[1]), value=float("nan")) for b, t in parts.items()}
-            found[array] = _branches(parts, BRANCHES, next(iter(parts.values())))
+            found[array] = stack_branches(parts, BRANCHES, next(iter(parts.values())))
         if self._text and self.plan.capture.text == "layers":
             found |= self._hidden_states()
         return found
@@ -394,21 +280,8 @@ class Recorder:
                 read = name in family.text_segments(plan.arguments)
                 lengths = [sum(t >= 0 for t in known[i].ids) if read and family.ragged else width for i in self.samples]
                 parts[branch] = fitted(states[name], lengths, width)
-            found[array] = _branches(parts, BRANCHES, next(iter(parts.values())))
+            found[array] = stack_branches(parts, BRANCHES, next(iter(parts.values())))
         return found
-
-
-def _branches(parts: dict[str, torch.Tensor], wanted: Sequence[str], like: torch.Tensor) -> torch.Tensor:
-    """Stack branches to (sample, branch, …); one that was not evaluated is NaN, never 0."""
-    device = next((t.device for t in parts.values()), like.device)
-    empty = torch.full(like.shape, float("nan"), dtype=like.dtype, device=device)
-    return torch.stack([parts.get(b, empty) for b in wanted], dim=1)
-
-
-def _at_layers(part: torch.Tensor, ran: list[int], layers: int) -> torch.Tensor:
-    """Return (sample, layer, …) with NaN for the layers that did not run."""
-    whole = part.new_full((len(part), layers, *part.shape[2:]), float("nan"))
-    return whole.index_copy_(1, numbers(ran, part.device), part)
 
 
 def pictures(output: Any) -> np.ndarray | None:
