@@ -18,7 +18,8 @@ from interp.hooks import DenoiserCall, HookRegistry
 from interp.interventions import Intervention, attach_all
 from interp.levels import noise_levels
 from interp.loading import load
-from interp.planning import Conditions, Plan, plan
+from interp.plan_arguments import Conditions
+from interp.planning import Plan, plan
 from interp.prompts import prompt_table
 from interp.recorder import Recorder
 from interp.stores import Run, RunWriter, create_run

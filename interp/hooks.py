@@ -159,6 +159,8 @@ class HookRegistry:
     def _register(
         self, site: str, fn: SiteFunction, where: dict[str, list["_Listener"]], steps: Collection[int] | None
     ) -> list[str]:
+        if not callable(fn):
+            raise InterpError(f"{fn!r} cannot be called: give a function fn(tensor, at)")
         found = match_sites(self.family, site)
         for name in found:
             if where is self._writers:

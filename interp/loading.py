@@ -56,16 +56,19 @@ def load(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Load without progress bars: the bundled model is there in a second."""
+    """Load without progress bars and notices: the bundled model is there in a second, and needs no torchvision."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     enabled = diffusers_logging.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if enabled[0]:
             diffusers_logging.enable_progress_bar()
         if enabled[1]:

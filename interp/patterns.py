@@ -20,6 +20,8 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
     >>> matching(r"re:up\.\d\.attn2", ["up.0.attn2", "up.1.attn1", "mid.attn2"])
     ['up.0.attn2']
     """
+    if not isinstance(pattern, str):
+        raise InterpError(f"{pattern!r} is no name of a site: give a name, a glob such as '*attn2', or 're:…'")
     if not pattern.startswith(REGEX):
         return [n for n in names if n == pattern or fnmatchcase(n, pattern)]
     try:

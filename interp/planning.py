@@ -1,12 +1,11 @@
 """The plan of a run: everything that is decided before the first denoiser call, and what it will cost."""
 
 import inspect
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal, cast
 
 from interp.budget import check_budget, size
@@ -14,18 +13,24 @@ from interp.capture import AttentionPart, Capture, default_capture
 from interp.captured import ReduceCapture, SiteCapture, captured_attention, captured_reductions, captured_sites
 from interp.clock import Timeline, timeline
 from interp.costs import planned_bytes
-from interp.errors import InterpError, nearest
+from interp.errors import InterpError
 from interp.families import Arguments, Family, find_family
 from interp.forecast import peak_memory
 from interp.interventions import Batch, Intervention, check_all, evaluated_branches
 from interp.layouts import run_attrs, run_groups
 from interp.loading import origin
+from interp.plan_arguments import (
+    Conditions,
+    check_options,
+    named_conditions,
+    picture_size,
+    read_seeds,
+    samples_together,
+)
 from interp.prompts import PromptTable, prompt_table
 from interp.stores import Layout
 from interp.token_choice import choose_tokens
 from interp.tokens import Tokens, TokenSelection, select_tokens
-
-Conditions = Mapping[str, Sequence[Intervention]]
 
 
 @dataclass(frozen=True)
@@ -154,23 +159,25 @@ def plan(
     from interp.loading import load
 
     pipe = load(pipe) if isinstance(pipe, str) else pipe
+    if not isinstance(capture, Capture | None):
+        raise InterpError(f"capture={capture!r}: give a Capture, e.g. interp.Capture(heads='all')")
     family, capture, table = find_family(pipe), capture or default_capture(pipe), prompt_table(prompts, negative_prompt)
     if family.needs_picture:
         raise InterpError(
             f"a {type(pipe).__name__} starts from a picture, or is controlled by one, which a run of prompts does not have; "
             "call it yourself within interp.record(pipe, …), or change it with interp.HookRegistry(pipe)"
         )
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise InterpError(f"steps={steps!r}: give the number of sampling steps, at least 1")
     if not isinstance(guidance_scale, Real | None) or (
         guidance_scale is not None and not math.isfinite(guidance_scale)
     ):
         raise InterpError(f"guidance_scale={guidance_scale!r}: give a number, or None for the model's own")
     guidance = default_guidance(pipe) if guidance_scale is None else float(guidance_scale)
-    high, wide = _picture_size(family, height, width)
-    named = _conditions(interventions, conditions)
-    seed_list = _seeds(seeds)
-    _check_options(pipe, family, options or {})
+    high, wide = picture_size(family, height, width)
+    named = named_conditions(interventions, conditions)
+    seed_list = read_seeds(seeds)
+    check_options(pipe, family, options or {})
     arguments = run_call(family, steps, guidance, high, wide, table.columns["negative_prompt"], options or {})
     times = timeline(pipe.scheduler, steps, schedule=family.schedule(arguments))
     for changes in named.values():
@@ -181,7 +188,7 @@ def plan(
     prompts = [(family.tokenize(row["prompt"], arguments), row) for row in rows]
     for change in (c for changes in named.values() for c in changes):
         change.check_model(family, prompts, arguments)
-    samples, batches = _samples(table, named, seed_list, _batch_size(pipe, batch_size))
+    samples, batches = _samples(table, named, seed_list, samples_together(pipe, batch_size))
     made = assemble(
         pipe, capture=capture, table=table, samples=samples, batches=batches, conditions=named, steps=steps,
         guidance=guidance, height=high, width=wide, arguments=arguments, options=options,
@@ -277,72 +284,6 @@ def default_guidance(pipe: Any) -> float:
         return float(DEFAULT_GUIDANCE)
     default = inspect.signature(type(pipe).__call__).parameters.get(find_family(pipe).guidance_argument)
     return float(default.default) if default is not None else 1.0
-
-
-def _check_options(pipe: Any, family: Family, options: Mapping[str, Any]) -> None:
-    """Pipelines swallow unknown arguments in **kwargs: a typo there would be silent."""
-    own = {
-        "prompt", "negative_prompt", "num_inference_steps", "height", "width", "generator", "num_images_per_prompt",
-        "output_type", "return_dict", family.guidance_argument,
-    }  # fmt: skip
-    known = [n for n in inspect.signature(type(pipe).__call__).parameters if n not in own | {"self", "kwargs", "args"}]
-    for name, value in options.items():
-        if name in own:
-            raise InterpError(
-                f"options={{{name!r}: …}}: the run decides this itself; use the argument of the same meaning (seeds= for more "
-                "images of a prompt)"
-            )
-        if name not in known:
-            raise InterpError(f"{type(pipe).__name__} has no call argument {name!r}{nearest(name, known)} (options=…)")
-        try:
-            json.dumps(value)
-        except TypeError:
-            kind = type(value).__name__
-            raise InterpError(
-                f"options={{{name!r}: …}} is a {kind}; options are written into the run as JSON"
-            ) from None
-
-
-def _seeds(seeds: Any) -> list[int]:
-    given = list(seeds) if isinstance(seeds, Iterable) else [seeds]
-    whole = all(isinstance(s, Integral) and not isinstance(s, bool) for s in given)
-    if not given or not whole or len(set(given)) < len(given):
-        raise InterpError(f"seeds={seeds!r}: give one or more different whole numbers")
-    return [int(s) for s in given]
-
-
-def _picture_size(family: Family, height: int | None, width: int | None) -> tuple[int, int]:
-    default = family.default_size()
-    high, wide = height or default[0], width or default[1]
-    if high % family.multiple or wide % family.multiple:
-        raise InterpError(
-            f"a picture of {wide}×{high} pixels cannot be made: both sides must be multiples of {family.multiple}"
-        )
-    return high, wide
-
-
-def _conditions(
-    interventions: Sequence[Intervention] | None, conditions: Conditions | None
-) -> dict[str, list[Intervention]]:
-    if conditions is not None and interventions is not None:
-        raise InterpError("give either interventions= (one condition) or conditions= (several by name), not both")
-    for given in (interventions, *(conditions or {}).values()):
-        if isinstance(given, Intervention):
-            raise InterpError(f"interventions come in lists, in order of application: write [{given!r}]")
-    if conditions is None:
-        found = list(interventions or [])
-        return {"baseline" if not found else "intervened": found}
-    if not conditions:
-        raise InterpError('conditions= is empty; give at least {"baseline": []}')
-    return {str(name): list(changes) for name, changes in conditions.items()}
-
-
-def _batch_size(pipe: Any, batch_size: int | str) -> int:
-    if batch_size == "auto":  # wide enough to fill the device, narrow enough for a laptop's memory
-        return 16 if pipe.device.type == "cuda" else 4
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise InterpError(f"batch_size={batch_size!r}: give a whole number of samples, at least 1, or 'auto'")
-    return batch_size
 
 
 def _samples(

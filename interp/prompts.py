@@ -1,6 +1,6 @@
 """Prompt tables: what the user gives becomes one column per name, one row per prompt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -95,6 +95,10 @@ def _frame(prompts: Any) -> pd.DataFrame:
         prompts = [prompts]
     if isinstance(prompts, Mapping):
         raise InterpError("prompts are a list of dicts, one a row, not a dict; for one row write [{…}]")
+    if not isinstance(prompts, Iterable):
+        raise InterpError(
+            f"prompts={prompts!r}: give a text, a list of texts, a table with a column 'prompt', or a file"
+        )
     rows = list(prompts)
     if all(isinstance(r, str) for r in rows):
         return pd.DataFrame({"prompt": rows})

@@ -13,7 +13,7 @@ import xarray as xr
 from interp.capture import Capture
 from interp.errors import InterpError, nearest, sentence_list
 from interp.interventions import Intervention, from_spec
-from interp.planning import Conditions
+from interp.plan_arguments import Conditions
 from interp.probes.comparing import DISTANCES
 from interp.probes.sweeping import BETWEEN, point_name
 from interp.stores import Run

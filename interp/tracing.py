@@ -15,7 +15,8 @@ from interp.families import find_family
 from interp.hooks import HookRegistry
 from interp.interventions import Intervention, attach_all
 from interp.loading import load
-from interp.planning import Conditions, Plan, plan
+from interp.plan_arguments import Conditions
+from interp.planning import Plan, plan
 from interp.recorder import Recorder, pictures
 from interp.stores import Run, RunWriter, create_run
 
@@ -86,7 +87,9 @@ def trace(
         negative_prompt=negative_prompt, capture=capture, interventions=interventions, conditions=conditions,
         batch_size=batch_size, options=options,
     )  # fmt: skip
-    scores = [scores] if isinstance(scores, str) else list(scores)
+    scores = _listed(scores)
+    if not isinstance(store, str | PathLike | None):
+        raise InterpError(f"store={store!r}: give the path of the run, or None to keep it in memory")
     if scores:
         check_scores(planned, scores)
     with create_run(store, planned.layout) as writer:
@@ -97,6 +100,14 @@ def trace(
 
         run = score(run, scores, progress=progress is True)
     return run
+
+
+def _listed(scores: Any) -> list[Any]:
+    if scores is None or isinstance(scores, str) or callable(scores):
+        return [] if scores is None else [scores]
+    if not isinstance(scores, Sequence):
+        raise InterpError(f"scores={scores!r}: give names of metrics, e.g. ['clip']")
+    return list(scores)
 
 
 def check_scores(planned: Plan, scores: Sequence[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 
 import numpy as np
 import xarray as xr
@@ -74,7 +75,7 @@ def low_mask(height: int, width: int, *, low_fraction: float = 0.2, mask: str = 
     """
     if mask not in MASKS:
         raise InterpError(f"no mask named {mask!r}; there are {', '.join(MASKS)}{nearest(mask, MASKS)}")
-    if not 0 < low_fraction < 1:
+    if not isinstance(low_fraction, Real) or not 0 < low_fraction < 1:
         raise InterpError(f"low_fraction={low_fraction!r} must lie between 0 and 1, both excluded")
     return MASKS[mask](height, width, low_fraction)
 

@@ -91,9 +91,11 @@ def _grids(
         probs = dataset["probs"].isel(branch=branches.index(branch), layer=_slice(chosen), step=_slice(at))
         grids.append(Grid(name, probs, _token_table(dataset)))
     for pattern in () if layers is None else (layers,) if isinstance(layers, str) else layers:
-        if not any(fnmatchcase(site, pattern) for site in known):
+        if not isinstance(pattern, str) or not any(fnmatchcase(site, pattern) for site in known):
             listed = ", ".join(known[:6]) + ("" if len(known) <= 6 else f" and {len(known) - 6} more")
-            raise InterpError(f"no captured layer matches {pattern!r}; this run has {listed}{nearest(pattern, known)}")
+            raise InterpError(
+                f"no captured layer matches {pattern!r}; this run has {listed}{nearest(str(pattern), known)}"
+            )
     for grid in grids[1:]:
         if not grid.table.identical(grids[0].table):
             raise InterpError(
@@ -242,7 +244,7 @@ def _slice(positions: Sequence[int] | np.ndarray) -> Any:
 
 def _matches(site: str, layers: str | Sequence[str] | None) -> bool:
     patterns = ["*"] if layers is None else [layers] if isinstance(layers, str) else layers
-    return any(fnmatchcase(site, pattern) for pattern in patterns)
+    return any(fnmatchcase(site, str(pattern)) for pattern in patterns)
 
 
 def _token_table(dataset: xr.Dataset) -> xr.Dataset:

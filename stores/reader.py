@@ -41,7 +41,10 @@ def open_run(path: str | os.PathLike[str]) -> "Run":
     >>> run = open_run("run.zarr")                    # doctest: +SKIP
     >>> run.attention("32x32").isel(sample=0).load()  # doctest: +SKIP
     """
-    text, advice = os.fspath(path), "give the folder that trace(store=...) wrote"
+    advice = "give the folder that trace(store=...) wrote"
+    if not isinstance(path, str | os.PathLike):
+        raise StoreError(f"a run was asked for by {path!r}, which is no path; {advice}")
+    text = os.fspath(path)
     elsewhere = is_elsewhere(text) and not Path(text).is_dir()
     if elsewhere:
         from interp.stores.places import zarr_store

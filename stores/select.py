@@ -21,6 +21,10 @@ def positions(sample: Any, n: int) -> np.ndarray:
         if len(chosen) != n:
             raise StoreError(f"a mask of {len(chosen)} was given for {n} samples; give one value for each sample")
         return np.flatnonzero(chosen)
+    if chosen.dtype.kind not in "iu" and chosen.size:
+        raise StoreError(
+            f"samples were chosen by {sample!r}; give positions, a slice or a mask, or use sel(column=value)"
+        )
     chosen = chosen.astype("int64")
     bad = chosen[(chosen < -n) | (chosen >= n)]
     if len(bad):

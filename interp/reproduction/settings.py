@@ -50,6 +50,8 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 2:
                 raise InterpError(f"reproduce: {name}={value!r}; give a whole number of at least 2")
+        if not self.shares or not all(isinstance(s, float) and 0 < s < 1 for s in self.shares):
+            raise InterpError(f"reproduce: shares={self.shares!r}; give shares of the steps between 0 and 1")
         if self.steps < 4:
             raise InterpError(f"reproduce: steps={self.steps}; windows of a run need at least 4 steps")
 

@@ -89,6 +89,10 @@ def _check(n: int, prompts: Sequence[str]) -> None:
 def to_tensor(images: Any) -> Tensor:
     """Turn uint8 pictures (n, height, width, rgb), or PIL images, into (n, rgb, y, x) in [−1, 1] at the model's size."""
     if not isinstance(images, np.ndarray):
+        if isinstance(images, str) or not all(hasattr(image, "convert") for image in images):
+            raise InterpError(
+                f"pictures were given as {type(images).__name__}; give uint8 (n, height, width, rgb) or PIL images"
+            )
         images = np.stack([np.asarray(image.convert("RGB")) for image in images])
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise InterpError(

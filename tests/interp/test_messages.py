@@ -180,6 +180,28 @@ def test_sizes_and_conditions():
     expect(said(lambda: trace(guidance_scale="strong")), "guidance_scale='strong'")
 
 
+def test_arguments_of_another_kind():
+    expect(said(lambda: trace(None)), "prompts=None", "list of texts")
+    expect(said(lambda: trace(3)), "prompts=3")
+    expect(said(lambda: trace(capture={"heads": "all"})), "give a Capture")
+    expect(said(lambda: trace(conditions=["late"])), "conditions=['late']", "by name")
+    expect(said(lambda: trace(conditions={"late": None})), "{'late': None}", "a list of interventions")
+    expect(said(lambda: trace(conditions={" ": []})), "a condition is a name")
+    expect(said(lambda: trace(options=[1])), "options=[1]", "by name")
+    for side in ("128", 128.0, -8, 0):
+        expect(said(lambda side=side: trace(height=side)), f"height={side!r}", "pixels")
+    expect(said(lambda: trace(seeds=2**70)), "63 bits")
+    expect(said(lambda: trace(store=3)), "store=3", "path")
+    expect(said(lambda: trace(scores=3)), "scores=3", "names of metrics")
+    expect(said(lambda: interp.open_run(None)), "None", "no path")
+    expect(said(lambda: interp.sites(tiny("sd1"), 3)), "3 is no name of a site")
+    expect(said(lambda: interp.HookRegistry(tiny("sd1")).read("unet.mid_block:out", 3)), "fn(tensor, at)")
+    run = interp.trace(tiny("sd1"), A, steps=1, guidance_scale=SCALE, progress=False)
+    expect(said(lambda: run.isel("a")), "'a'", "sel(column=value)")
+    expect(said(lambda: run.probe("frequency_energy", low_fraction="a")), "low_fraction='a'")
+    expect(said(lambda: run.probe("token_attribution", layers=[99])), "no captured layer matches 99")
+
+
 def test_the_same_words_from_plan():
     pipe = tiny("sd1")
     for arguments in ({"seeds": []}, {"steps": 0}, {"interventions": [interp.RemoveText(start=9, unit="step")]}):
