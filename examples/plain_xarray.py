@@ -17,7 +17,7 @@ def ask(path: str) -> None:
     p = tree["attention"][grid]["probs"].isel(sample=[0])
     word = str(p.token_text.values[0][2])  # bos, "a", then the first telling word
     looked = p.where(p.token_text == word, drop=True).mean(["step", "layer", "head"]).squeeze()
-    y, x = divmod(int(looked.argmax()), looked.sizes["query_x"])
+    y, x = divmod(int(looked.values.argmax()), looked.sizes["query_x"])
     print(f"{word!r} of {prompts[0]!r} looks most at row {y}, column {x} of the {grid} grid")
 
     z = tree["trajectory"]["latents"]

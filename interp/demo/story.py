@@ -3,12 +3,13 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import xarray as xr
 
 from interp.demo import figures
 from interp.demo.page import Section, write_page
@@ -26,6 +27,8 @@ PAIRS = [
     ("a small green triangle left of a large orange ring", "a large pink moon above a small cyan cross"),
     ("a dotted cyan heart on a brown background", "a striped red square on a navy background"),
 ]
+ASKED = ("token_attribution", "frequency_energy", "attention_mass")
+"""Probes that are asked of the baseline."""
 REMOVED = (20, 40, 60, 80)
 """Percent of the steps, counted from the end, in which the text is removed."""
 
@@ -62,8 +65,9 @@ def run_demo(out: str | PathLike[str], *, steps: int | None = None, pairs: Seque
     run = score(run, ("clip", "judge"))
     table = removal_table(run, seconds)
     table.to_csv(out / "text_removed.csv", index=False)
-    sections = draw_sections(pipe, run, table, out)
-    write_page(out / "index.html", sections, _facts(pipe, run, steps), found(run, table))
+    answers = {name: run.condition("baseline").probe(name) for name in ASKED}
+    sections = draw_sections(pipe, run, table, answers, out)
+    write_page(out / "index.html", sections, _facts(pipe, run, steps), found(answers, table))
     return "\n\n".join(
         [
             shown(table).to_string(index=False),
@@ -163,13 +167,12 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def found(run: Run, table: pd.DataFrame) -> list[str]:
+def found(answers: Mapping[str, xr.Dataset], table: pd.DataFrame) -> list[str]:
     """Say in a sentence each what the run shows, with its numbers."""
-    baseline = run.condition("baseline")
-    variation = baseline.probe("frequency_energy").variation.mean("sample")
+    variation = answers["frequency_energy"].variation.mean("sample")
     middle = variation.isel(step=variation.sizes["step"] // 2)
     low, high = (float(middle.sel(band=band)) for band in ("low", "high"))
-    mass = baseline.probe("attention_mass").mass.mean(["sample", "step", "layer"])
+    mass = answers["attention_mass"].mass.mean(["sample", "step", "layer"])
     beyond = float(mass.sel(role=["eos", "pad"]).sum())
     late = table.iloc[-2]
     return [
@@ -183,7 +186,9 @@ def found(run: Run, table: pd.DataFrame) -> list[str]:
     ]
 
 
-def draw_sections(pipe: Any, run: Run, table: pd.DataFrame, out: Path) -> list[Section]:
+def draw_sections(
+    pipe: Any, run: Run, table: pd.DataFrame, answers: Mapping[str, xr.Dataset], out: Path
+) -> list[Section]:
     """Draw every figure into `out`; return the page's sections in order."""
     from interp.probes import plot
 
@@ -191,9 +196,9 @@ def draw_sections(pipe: Any, run: Run, table: pd.DataFrame, out: Path) -> list[S
     swap = run.probe("eos_replacement")
     drawn = {
         "filmstrip": figures.filmstrip(pipe, baseline, sample=2),
-        "words": plot(baseline.probe("token_attribution"), samples=[2, min(4, len(baseline) - 1)]),
-        "energy": plot(baseline.probe("frequency_energy")),
-        "mass": plot(baseline.probe("attention_mass")),
+        "words": plot(answers["token_attribution"], samples=[2, min(4, len(baseline) - 1)]),
+        "energy": plot(answers["frequency_energy"]),
+        "mass": plot(answers["attention_mass"]),
         "swap_pictures": figures.swap_pictures(run),
         "swap": plot(swap),
         "removed": figures.removed_pictures(run, REMOVED),
