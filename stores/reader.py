@@ -21,6 +21,7 @@ from interp.stores.schema import Group
 from interp.stores.scores import write_scores
 from interp.stores.select import positions, unstack
 from interp.stores.table import DONE, TOKEN_FILL
+from interp.stores.widening import widened
 
 _CAPTURED_BY = {
     "latents": "Capture(latents=True)",
@@ -311,9 +312,9 @@ class Run:
         return self._labelled(found.data_vars[name])
 
     def _labelled(self, array: xr.DataArray) -> xr.DataArray:
-        """Give the samples of `array` their condition, prompt_id and seed, not yet loaded."""
+        """Give the samples of `array` their condition, prompt_id and seed, not yet loaded; half precision as float32."""
         root = self.tree.to_dataset(inherit=False)
-        return array.assign_coords({n: root[n] for n in ("condition", "prompt_id", "seed") if n in root})
+        return widened(array).assign_coords({n: root[n] for n in ("condition", "prompt_id", "seed") if n in root})
 
     def _attention_node(self, grid: str | None) -> xr.DataTree:
         grids = self.grids

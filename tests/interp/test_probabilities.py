@@ -178,7 +178,8 @@ def test_chosen_steps_and_dtype():
     for steps, kept in (([3, 1], [1, 3]), (slice(1, None, 2), [1, 3]), (0.5, [0, 3])):
         some = recorded(pipe, full(attention="cross", steps=steps, dtype="float16"), steps=4)[0]
         probs = some.attention("8x8")
-        assert probs.dtype == np.float16 and list(probs.step.values) == kept
+        assert some.tree["attention/8x8/probs"].dtype == np.float16 and probs.dtype == np.float32  # stored, and shown
+        assert list(probs.step.values) == kept
         want = every.attention("8x8").isel(step=kept)
         assert np.array_equal(probs.values, want.values.astype("float16"))
         assert np.array_equal(probs.timestep.values, every.trajectory.timestep.values[kept])

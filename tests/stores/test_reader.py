@@ -259,3 +259,19 @@ def test_opening_reads_the_root_alone(stored, monkeypatch):
     xr.open_datatree(stored, engine="zarr")
     assert sum(key.endswith("zarr.json") for key in read) <= 1
     assert not any("probs/c" in key or "latents/c" in key or "status/c" in key for key in read)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("stored", [False, True])
+def test_half_precision_is_shown_in_single(stored, tmp_path):
+    """A mean over more pixels than half precision can count is right; what is read is what was asked for."""
+    run = synthetic_run(samples=2, steps=20, heads=8, grids=("32x32",), path=tmp_path / "r.zarr" if stored else None)
+    probs, kept = run.attention(), run.tree["attention/32x32/probs"]
+    assert (kept.dtype, probs.dtype) == (np.float16, np.float32)
+    dims = ["step", "layer", "head", "query_y", "query_x"]
+    assert np.isinf(kept.mean(dims)).any()  # as xarray's means of half precision are
+    exact = np.nanmean(kept.values.astype("float64"), (1, 3, 4, 6, 7))
+    assert np.allclose(probs.mean(dims), exact, rtol=1e-4, equal_nan=True)
+    assert np.array_equal(probs.isel(step=3, token=[2, 0]), kept.isel(step=3, token=[2, 0]), equal_nan=True)
+    assert np.array_equal(probs[:, 3:5, ..., 1], kept[:, 3:5, ..., 1], equal_nan=True)
+    assert np.allclose(probs.chunk(sample=1).mean(dims), exact, rtol=1e-4, equal_nan=True)
