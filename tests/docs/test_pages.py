@@ -9,7 +9,9 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 EXPECTED = {
     "families": ["unet True", "ok: probabilities\nok: branches\nok: layout", "['', 's', 'i', 't']"],
-    "attribution": ["nats (log-odds against the pixel's strongest other word) | 1 (share of the pixel's attention"],
+    "attribution": [
+        "1 nats (log-odds against the pixel's strongest other word) | 0 | 1 (share of the pixel's attention"
+    ],
     "scores": ["('sample',)\n", "['sharpness', 'flips:baseline']\n4\n"],
     "tracing": ["2\n", "8\n", "forward passes", "'axis_0'"],
     "recording": [
