@@ -21,7 +21,14 @@ def with_tables(card: str, measured: dict[str, Any]) -> str:
     | x | 0.500 |
     <!-- end -->
     """
-    return MARK.sub(lambda m: f"<!-- measured: {m[1]} -->\n{markdown(measured[m[1]])}<!-- end -->\n", card)
+    told = {title: markdown(table) for title, table in measured.items() if title != "settings"}
+    about = measured.get("settings")
+    if about:
+        told["settings"] = (
+            f"n = {about['n']} pictures of each kind, {about['steps']} DDIM steps, guidance {about['guidance']:g}, "
+            f"{about['device']}; where a table says nothing else.\n"
+        )
+    return MARK.sub(lambda m: f"<!-- measured: {m[1]} -->\n{told[m[1]]}<!-- end -->\n", card)
 
 
 def main() -> None:

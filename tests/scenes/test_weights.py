@@ -1,5 +1,6 @@
 """What ships: loads without interp, draws what is asked, and is scored by judges that know right from wrong."""
 
+import json
 import subprocess
 import sys
 
@@ -89,10 +90,16 @@ def test_errors_say_what_to_do():
 def test_card_is_of_these_weights():
     from pathlib import Path
 
+    from interp.scenes.card import MARK, with_tables
     from interp.scenes.pack import hashes
+    from interp.scenes.quality import MEASURES
 
     card = (folder() / "README.md").read_text()
     for size, digest in hashes(folder()).values():
         assert digest in card and f"{size:,}" in card
+    marks = MARK.findall(card)
+    assert set(marks) == {"settings", *MEASURES.values()}  # the card has a place for every measure
+    measured = folder() / "quality.json"
+    assert not measured.exists() or card == with_tables(card, json.loads(measured.read_text()))
     page = Path(__file__).parents[2] / "docs" / "scenes.md"
     assert not page.exists() or page.read_text() == card
