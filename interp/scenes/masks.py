@@ -46,3 +46,16 @@ def intersection_over_union(maps: Tensor, masks: Tensor) -> Tensor:
         taken = scaled >= threshold - 1e-9
         found.append((taken & masks).sum(1).double() / (taken | masks).sum(1))
     return torch.stack(found, 1)
+
+
+def own_object(maps: Tensor, masks: Tensor, others: Tensor) -> Tensor:
+    """Return whether a map is hotter, on the mean, on its mask than on the other object's, (map,): 0 or 1; chance is ½.
+
+    NaN where there is no other.
+
+    >>> both = torch.tensor([[True, False, False]]), torch.tensor([[False, True, True]])
+    >>> own_object(torch.tensor([[3.0, 9.0, 0.0]]), *both).item()
+    0.0
+    """
+    own, other = ((maps * m).sum(1).double() / m.sum(1) for m in (masks, others))
+    return torch.where(others.any(1), (own > other).double(), torch.nan)

@@ -90,6 +90,8 @@ def test_what_is_measured_is_what_the_probe_gives():
                 ("span", f"{thing.color} {thing.shape}"),
             ):
                 if text in drawn.captions[i]:
+                    two = len(drawn.scenes[i].objects) == 2
+                    assert bool(m.others[len(words)].any()) == two and not (m.others & m.masks).any()
                     words.append(text)
                     kinds.append(kind)
                     masks.append(
@@ -193,6 +195,8 @@ def test_the_program_writes_its_tables(tmp_path):
 def test_scores_of_perfect_maps_are_one(picture):
     scores, truth = Scores(), picture.masks.double()
     scores.add(0, picture, {"truth": truth, "untruth": -truth})
-    precision, point, overlap = scores.of("truth")
+    precision, point, overlap, own = scores.of("truth")
     assert (precision == 1).all() and (point == 1).all() and (overlap == 1).all()
+    assert (own[np.isfinite(own)] == 1).all() and np.isfinite(own).all() == picture.others.any()
+    assert not (scores.of("untruth")[3] == 1).any()
     assert scores.precision("untruth") < 0.5

@@ -25,7 +25,8 @@ class Picture:
     raw (level, unit, token, pixel): attention of each head of each layer, a unit, to the tokens, on the latents' grid; logs:
     its logarithm, resized as such. near (level, pixel, pixel): self-attention on that grid, from each pixel to the others,
     averaged over layers and heads. words: bool (word, token); marks: bool (token), those that are no words (bos, eos,
-    padding); wanted: bool (target, token). masks: bool (target, pixel), kinds of the targets. layer, grid: (unit,), of each
+    padding); wanted: bool (target, token). masks: bool (target, pixel); others, those of the
+    other object, empty where there is none; kinds of the targets. layer, grid: (unit,), of each
     unit, the coarsest grid last.
     """
 
@@ -36,6 +37,7 @@ class Picture:
     marks: Tensor
     wanted: Tensor
     masks: Tensor
+    others: Tensor
     kinds: list[str]
     layer: np.ndarray
     grid: np.ndarray
@@ -113,15 +115,16 @@ def _picture(cross: Any, near: Any, sample: int, scene: Scene, masks: np.ndarray
     found = prompt_words(text, role, word)
     words = np.stack([np.isin(np.arange(len(role)), columns) for _, _, columns in found])[:, used]
     cells = masks.reshape(2, masks.shape[1] // CELL, CELL, -1, CELL).mean((2, 4)) > 0.5
-    kinds, wanted, truth = [], [], []
+    kinds, wanted, truth, others = [], [], [], []
     texts = [name for name, _, _ in found]
-    for thing, mask in zip(scene.objects, cells, strict=False):
+    for thing, mask, other in zip(scene.objects, cells, cells[::-1], strict=False):
         for kind, name in zip(KINDS, ((thing.color,), (thing.shape,), (thing.color, thing.shape)), strict=True):
             at = next((k for k in range(len(texts)) if tuple(texts[k : k + len(name)]) == name), None)
             if at is not None and mask.any():
                 kinds.append(kind)
                 wanted.append(words[at : at + len(name)].any(0))
                 truth.append(mask.ravel())
+                others.append(other.ravel())
     raw: list[Tensor] = []
     logs: list[Tensor] = []
     layer: list[int] = []
@@ -141,6 +144,6 @@ def _picture(cross: Any, near: Any, sample: int, scene: Scene, masks: np.ndarray
     return Picture(
         torch.cat(raw, 1).clamp(min=0), torch.cat(logs, 1), pairs, torch.from_numpy(words).to(device),
         torch.from_numpy(~words.any(0)).to(device), torch.from_numpy(np.array(wanted)).to(device),
-        torch.from_numpy(np.array(truth)).to(device), kinds,
+        torch.from_numpy(np.array(truth)).to(device), torch.from_numpy(np.array(others)).to(device), kinds,
         np.array(layer), np.array(grid),
     )  # fmt: skip

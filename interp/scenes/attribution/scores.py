@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interp.scenes.attribution.pictures import Picture
 from interp.scenes.attribution.recipes import DAAM, EVERY, Recipe, maps_of
-from interp.scenes.masks import average_precision, intersection_over_union, pointing
+from interp.scenes.masks import average_precision, intersection_over_union, own_object, pointing
 
 GEOMETRIC = Recipe("geometric", "the strongest word", "as it is")
 WAYS = {"mean": DAAM, "log-odds": GEOMETRIC}
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 class Scores:
-    """Average precision, pointing and overlap of every target by every name, and the picture of each target."""
+    """Average precision, pointing, overlap and own object of every target by every name, and its picture."""
 
     def __init__(self) -> None:
         self.picture: list[int] = []
@@ -48,13 +48,14 @@ class Scores:
         self.kind += p.kinds
         self.chance += p.masks.double().mean(1).tolist()
         both = torch.cat(list(maps.values())), p.masks.repeat(len(maps), 1)
-        scored = [s(*both).cpu().numpy() for s in (average_precision, pointing, intersection_over_union)]
+        found = [s(*both) for s in (average_precision, pointing, intersection_over_union)]
+        scored = [s.cpu().numpy() for s in (*found, own_object(*both, p.others.repeat(len(maps), 1)))]
         for k, name in enumerate(maps):
             at = slice(k * len(p.kinds), (k + 1) * len(p.kinds))
             self.found.setdefault(name, []).append(tuple(s[at] for s in scored))
 
     def of(self, name: Any) -> tuple[np.ndarray, ...]:
-        """Return average precision (target,), pointing (target,) and overlap (target, threshold)."""
+        """Return average precision (target,), pointing (target,), overlap (target, threshold) and own object (target,)."""
         return tuple(np.concatenate(part) for part in zip(*self.found[name], strict=True))
 
     def precision(self, name: Any) -> float:

@@ -40,9 +40,9 @@ class Report:
         return "\n\n".join([f"{self.summary()}\n- figures without brackets: ± {self.widest:.3f} or less", *tables])
 
     def values(self, name: Any) -> tuple[np.ndarray, ...]:
-        """Return a name's average precision, pointing and overlap, (target,) each; with the threshold of the first half."""
-        precision, point, overlap = self.second.of(name)
-        return precision, point, overlap[:, self.threshold(name)]
+        """Return a name's average precision, pointing, overlap at the first half's threshold, and own object: (target,)."""
+        precision, point, overlap, own = self.second.of(name)
+        return precision, point, overlap[:, self.threshold(name)], own
 
     def threshold(self, name: Any) -> int:
         """Return the position of the threshold of the best overlap on the choosing half; of the kin of what it lacks."""
@@ -81,16 +81,18 @@ class Report:
         """Return the table with intervals."""
         names: dict[str, Any] = FIXED | self.choice.rows | {n: n for n in self.second.found if isinstance(n, str)}
         lines = [
-            "| recipe | choosing half | average precision | color | shape | span | pointing | mIoU | at |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+            "| recipe | choosing half | average precision | color | shape | span | pointing | own object | mIoU | at |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
         kind = np.array(self.second.kind)
         for text, name in names.items():
-            precision, point, overlap = self.values(name)
+            precision, point, overlap, own = self.values(name)
             half = f"{self.first.precision(name):.3f}" if name in self.first.found else "–"
             which = f" ({', '.join(map(str, name.at))})" if isinstance(name, Part) and name.at else ""
-            cells = [text + which, half, self.interval(precision), *(f"{self.bare(precision, kind == k):.3f}" for k in KINDS),
-                     self.interval(point), self.interval(overlap), f"{THRESHOLDS[self.threshold(name)]:.2f}"]  # fmt: skip
+            of_kind = [f"{self.bare(precision, kind == k):.3f}" for k in KINDS]
+            others = [self.interval(values) for values in (point, own, overlap)]
+            at = f"{THRESHOLDS[self.threshold(name)]:.2f}"
+            cells = [text + which, half, self.interval(precision), *of_kind, *others, at]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
 
