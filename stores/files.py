@@ -54,7 +54,10 @@ def write_partial(partial: Path, *parts: bytes | memoryview) -> None:
 
 
 def write_back(handle: int, start: int, length: int) -> None:
-    """Ask the system to begin writing these bytes of a file to disk, so that `publish` waits less; length 0: to its end."""
+    """Ask the system to begin writing these bytes of a file to disk, so that `publish` waits less; length 0: to its end.
+
+    Only for bytes just written: what is on disk already would be dropped from memory, and read slowly next time.
+    """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(handle, start, length, os.POSIX_FADV_DONTNEED)
 

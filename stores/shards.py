@@ -90,8 +90,9 @@ class ShardFile:
     def close(self) -> tuple[Path, Path]:
         """Append the index; return (partial, target), which `publish` takes."""
         with self.partial.open("ab", buffering=0) as file:
+            begun = self._offset
             self._write(file, checksummed(self._index.tobytes()))
-            write_back(file.fileno(), 0, 0)
+            write_back(file.fileno(), begun, 0)
         return self.partial, self.target
 
     def finish(self) -> None:

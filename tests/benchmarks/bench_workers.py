@@ -89,7 +89,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=60, help="of steady work in each setting")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=24_000, help="of the job; more than can be made in the time")
+    parser.add_argument("--samples", type=int, default=12_000, help="of the job; more than can be made in the time")
     parser.add_argument("--capture", type=json.loads, default={}, help="JSON, as in a job file")
     given = parser.parse_args()
     seeds = min(20, given.samples)
