@@ -34,8 +34,8 @@ class SparingRun(Run):
         part = super().isel(sample)
         return SparingRun(part.tree, part.path, part._rows, large=self.large)
 
-    def _labelled(self, array: xr.DataArray) -> xr.DataArray:
-        labelled = super()._labelled(array)
+    def _labelled(self, node: xr.DataTree, name: str) -> xr.DataArray:
+        labelled = super()._labelled(node, name)
         return labelled.chunk(_pieces(labelled)) if self._divisible(labelled) else labelled
 
     def _dataset(self, node: str, field: str | None) -> xr.Dataset:

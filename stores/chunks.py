@@ -74,8 +74,13 @@ def place(path: str, array: Array, rows: int) -> Placement:
 
 
 def table_placement(shape: tuple[int, ...], dims: tuple[str, ...]) -> Placement:
-    """Return the placement of a coordinate or column: one chunk; along `sample`, with room to grow."""
-    first = max(shape[0], TABLE_ROWS) if dims[:1] == ("sample",) else max(1, shape[0])
+    """Return the placement of a coordinate or column: one chunk; along `sample`, with room to grow.
+
+    Tables of tokens are cut, so that the few rows which come along with a sample's maps are read without all others'.
+    """
+    first = max(1, shape[0])
+    if dims[:1] == ("sample",):
+        first = TABLE_ROWS if len(dims) > 1 else max(first, TABLE_ROWS)
     return Placement((first, *(max(1, s) for s in shape[1:])), compress=True)
 
 

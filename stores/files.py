@@ -70,20 +70,21 @@ def publish(files: Sequence[tuple[Path, Path]]) -> None:
     those without a name are deleted.
     """
     try:
-        _each(_sync_file, [partial for partial, _ in files])
+        each([partial for partial, _ in files], sync_file)
         changed: dict[Path, None] = {}
         for partial, target in files:
             changed |= dict.fromkeys(_missing_made(target.parent))
             partial.replace(target)
             changed[target.parent] = None
-        _each(sync_folder, list(changed))
+        each(list(changed), sync_folder)
     except OSError:
         for partial, _ in files:
             partial.unlink(missing_ok=True)
         raise
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Make a file's bytes durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -91,7 +92,8 @@ def _sync_file(path: Path) -> None:
         os.close(handle)
 
 
-def _each(do: Callable[[Path], None], paths: list[Path]) -> None:
+def each(paths: Sequence[Path], do: Callable[[Path], None]) -> None:
+    """Call `do`, which waits for the disk, for every path, several at a time."""
     if len(paths) < 3:
         for path in paths:
             do(path)

@@ -3,7 +3,7 @@
 from interp.stores.table import TABLE, Variable
 
 _STORED = {
-    "table": "one chunk, written at creation",
+    "table": "written at creation",
     "batch": "shared by the samples of a batch",
     "sample": "one file a sample",
     "shard": "one shard a sample",

@@ -23,6 +23,9 @@ from interp.stores.select import positions, unstack
 from interp.stores.table import DONE, TOKEN_FILL
 from interp.stores.widening import widened
 
+FEW_LABELS = 1 << 15
+"""Labels of one coordinate that are read as a whole when an array is first asked for."""
+
 _CAPTURED_BY = {
     "latents": "Capture(latents=True)",
     "noise_pred": "Capture(noise_pred=True)",
@@ -84,6 +87,8 @@ class Run:
         self.path = path
         self._rows = rows
         """Numbers in the stored run of a selection's samples; None for a whole run."""
+        self._known: set[str] = set()
+        """Nodes whose labels have been read."""
 
     # The table of samples
 
@@ -155,7 +160,7 @@ class Run:
         """x̂0 decoded at each step (sample, step, height, width, rgb) uint8, once `interp score RUN -m x0` wrote it."""
         if "x0" not in self.tree.children:
             raise StoreError("x0 was asked for, but this run has none; run `interp score RUN --metric x0` first")
-        return self._labelled(self.tree.children["x0"].data_vars["image"])
+        return self._labelled(self.tree.children["x0"], "image")
 
     @property
     def scores(self) -> xr.DataArray:
@@ -177,7 +182,7 @@ class Run:
 
         `grid` is `"<height>x<width>"`; it may be left out when there is just one.
         """
-        return self._labelled(self._attention_node(grid).data_vars["probs"])
+        return self._labelled(self._attention_node(grid), "probs")
 
     def tokens(self, grid: str | None = None) -> xr.Dataset:
         """The token table of a grid: token_text, token_id, token_role, token_word, token_count (sample,
@@ -204,7 +209,7 @@ class Run:
             if not known:
                 raise self._lacking(f"site {name!r}", f"Capture(sites=({name!r},))")
             raise StoreError(f"this run has no site {name!r}{nearest(name, known)}; it has: {', '.join(known)}")
-        return self._labelled(self.tree.children["sites"].children[wanted].data_vars["value"])
+        return self._labelled(self.tree.children["sites"].children[wanted], "value")
 
     # Selections
 
@@ -309,12 +314,28 @@ class Run:
         found = self.tree.children.get(node)
         if found is None or name not in found.data_vars:
             raise self._lacking(name, field)
-        return self._labelled(found.data_vars[name])
+        return self._labelled(found, name)
 
-    def _labelled(self, array: xr.DataArray) -> xr.DataArray:
-        """Give the samples of `array` their condition, prompt_id and seed, not yet loaded; half precision as float32."""
+    def _labelled(self, node: xr.DataTree, name: str) -> xr.DataArray:
+        """Return a variable whose samples have their condition, prompt_id and seed; half precision as float32."""
+        self._read_labels(node)
+        return widened(node.data_vars[name]).assign_coords(self._axes)
+
+    def _read_labels(self, node: xr.DataTree) -> None:
+        """Read a node's coordinates, if there are not too many, into the tree: else every sample's array reads a dozen."""
+        if node.path in self._known:
+            return
+        self._known.add(node.path)
+        data = node.to_dataset(inherit=False)
+        few = {n: c.compute() for n, c in data.coords.items() if c.size <= FEW_LABELS and n not in data.indexes}
+        if few:
+            node.dataset = data.assign_coords(few)
+
+    @cached_property
+    def _axes(self) -> dict[str, xr.DataArray]:
         root = self.tree.to_dataset(inherit=False)
-        return widened(array).assign_coords({n: root[n] for n in ("condition", "prompt_id", "seed") if n in root})
+        found = {n: root[n] for n in ("condition", "prompt_id", "seed") if n in root}
+        return {n: v.compute() if v.size <= FEW_LABELS else v for n, v in found.items()}
 
     def _attention_node(self, grid: str | None) -> xr.DataTree:
         grids = self.grids

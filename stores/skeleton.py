@@ -15,7 +15,7 @@ import numpy as np
 from interp.stores.chunks import Placement, array_metadata, batch_rows, place, table_placement
 from interp.stores.codec import decode, encode, padded
 from interp.stores.errors import StoreError
-from interp.stores.files import make_folder, plain, sync_folder
+from interp.stores.files import each, make_folder, plain, sync_file, sync_folder
 from interp.stores.schema import Array, Layout
 from interp.stores.table import FORMAT, find_variable, node_rows
 
@@ -154,11 +154,9 @@ def chunk_file(folder: Path, first: int, ndim: int) -> Path:
 
 
 def _sync_all(folder: Path) -> None:
-    for parent, _, files in os.walk(folder, topdown=False):
-        for file in files:
-            with (Path(parent) / file).open("rb") as handle:
-                os.fsync(handle.fileno())
-        sync_folder(Path(parent))
+    everything = [folder, *folder.rglob("*")]
+    each([p for p in everything if p.is_file()], sync_file)
+    each([p for p in everything if p.is_dir()], sync_folder)
 
 
 def _forget_dead(path: Path) -> None:
