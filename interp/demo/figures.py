@@ -82,6 +82,7 @@ def swap_sentence(swap: xr.Dataset) -> str:
 def removed_pictures(run: Run, shares: Sequence[int], *, samples: int = 8) -> "Figure":
     """Draw each prompt's picture with the text removed for the last 0 … % of the steps, one row a share."""
     names = ["baseline", *(f"text removed for the last {share} %" for share in shares)]
+    samples = min(samples, len(run.condition("baseline")))
     figure, axes = new_figure(samples, len(names), width=1.25, height=1.3)
     for r, (share, name) in enumerate(zip((0, *shares), names, strict=True)):
         part = run.condition(name)
