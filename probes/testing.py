@@ -45,11 +45,11 @@ class Check:
     """A named check: call it; an AssertionError (or whatever the probe raises) says what is wrong."""
 
     name: str
-    body: Callable[[], None]
+    body: Callable[[], str | None]
 
-    def __call__(self) -> None:
-        """Run the check."""
-        self.body()
+    def __call__(self) -> str | None:
+        """Run the check; some checks return what came of it."""
+        return self.body()
 
     def __str__(self) -> str:
         return self.name

@@ -1,12 +1,12 @@
 """Model families: the facts about a pipeline that must be known, never guessed."""
 
-from interp.families.base import (
+from interp.families.base import Family
+from interp.families.facts import (
     PARTS,
     Arguments,
     AttentionSite,
     DenoiserInputs,
     EncodedPrompt,
-    Family,
     Pass,
     Spans,
 )

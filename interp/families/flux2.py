@@ -1,16 +1,14 @@
 """FLUX.2: joint attention in two-stream and fused one-stream blocks, and a language model with a chat template as encoder."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2Attention, Flux2ParallelSelfAttention
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 
 from interp.errors import InterpError
-from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Pass
 from interp.families.chat import around
+from interp.families.facts import Arguments, DenoiserInputs, EncodedPrompt, Pass
 from interp.families.packing import PackedFamily, pack, unpack
 from interp.tokens import Tokens, tokenize
 
@@ -22,28 +20,14 @@ class Flux2Family(PackedFamily):
     """
 
     name = "flux2"
+    # those that keep keys of a picture, and inpainting, are others
+    pipelines: ClassVar[frozenset[str]] = frozenset({"Flux2Pipeline", "Flux2KleinPipeline"})
     sequential: ClassVar[bool] = True
-
-    @staticmethod
-    def matches(pipe: Any) -> bool:
-        """The text-to-image pipelines by class; those that keep keys of a picture, and inpainting, are others."""
-        return any(c.__name__ in ("Flux2Pipeline", "Flux2KleinPipeline") for c in type(pipe).__mro__)
+    attention: ClassVar[tuple[type[torch.nn.Module], ...]] = (Flux2Attention, Flux2ParallelSelfAttention)
 
     @property
     def _klein(self) -> bool:
         return "is_distilled" in self.pipe.config
-
-    def attention_sites(self) -> list[AttentionSite]:
-        """Two-stream blocks, then one-stream blocks."""
-        return [
-            AttentionSite(f"transformer.{name}", module, "joint", module.heads)
-            for name, module in self.denoiser.named_modules()
-            if isinstance(module, (Flux2Attention, Flux2ParallelSelfAttention))
-        ]
-
-    def output_index(self, path: str) -> int:
-        """Two-stream blocks give (text, image)."""
-        return int(path.rsplit(".", 1)[0] == "transformer.transformer_blocks")
 
     def guided(self, arguments: Arguments) -> bool:
         """Klein has guidance, unless it is distilled."""
@@ -68,14 +52,10 @@ class Flux2Family(PackedFamily):
                 "the tokens of an upsampled prompt cannot be labelled; leave out caption_upsample_temperature"
             )
 
-    def schedule(self, arguments: Arguments) -> dict[str, Any]:
-        """Evenly spaced noise levels, shifted with the size and the number of steps."""
-        steps = int(arguments["num_inference_steps"])
+    def level_shift(self, arguments: Arguments) -> float:
+        """By the number of patches and of steps."""
         y, x = self.grid(arguments)
-        shift = {"mu": compute_empirical_mu(image_seq_len=y * x, num_steps=steps)}
-        if self.pipe.scheduler.config.get("use_flow_sigmas"):
-            return shift
-        return {"sigmas": np.linspace(1.0, 1 / steps, steps), **shift}
+        return float(compute_empirical_mu(image_seq_len=y * x, num_steps=int(arguments["num_inference_steps"])))
 
     def given_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """In patches of 2×2 as channels, a picture still."""
@@ -105,10 +85,6 @@ class Flux2Family(PackedFamily):
         }
         return DenoiserInputs((), kwargs)
 
-    def text_length(self, arguments: Arguments | None = None) -> int:
-        """512 positions, unless the call says otherwise."""
-        return int((self.arguments() if arguments is None else arguments)["max_sequence_length"])
-
     def _render(self, prompt: str) -> str:
         if self._klein:
             return str(
@@ -136,11 +112,3 @@ class Flux2Family(PackedFamily):
             text_encoder_out_layers=tuple(arguments["text_encoder_out_layers"]),
         )  # fmt: skip
         return EncodedPrompt(embeddings)
-
-    def text_inputs(self, kwargs: Mapping[str, Any]) -> EncodedPrompt:
-        """The states alone."""
-        return EncodedPrompt(kwargs["encoder_hidden_states"])
-
-    def with_text(self, kwargs: Mapping[str, Any], text: EncodedPrompt) -> dict[str, Any]:
-        """Exchange the states."""
-        return {**kwargs, "encoder_hidden_states": text.embeddings}

@@ -5,50 +5,32 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import (
     SUPPORTED_SHAPE,
     get_resize_crop_region_for_grid,
     map_to_standard_shapes,
-    rescale_noise_cfg,
 )
 
-from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family
+from interp.families.facts import Arguments, DenoiserInputs, EncodedPrompt
+from interp.families.patches import PatchedFamily
 from interp.tokens import Tokens, join, tokenize
 
 _CLIP, _T5 = 77, 256
 _ENCODERS = (("text_encoder", _CLIP), ("text_encoder_2", _T5))
 
 
-class HunyuanDiTFamily(Family):
+class HunyuanDiTFamily(PatchedFamily):
     """`HunyuanDiTPipeline`: rows [uncond, cond]; masked text positions hold a learned state, which is attended to.
 
     The two encoders' states have different widths: in `EncodedPrompt.embeddings` the narrower ones end in zeros.
     """
 
     name = "hunyuandit"
+    pipelines: ClassVar[frozenset[str]] = frozenset({"HunyuanDiTPipeline"})  # PAG's and the ControlNet's are others
     multiple = 16
     text_elsewhere = True
     shared: ClassVar[frozenset[str]] = frozenset({"image_rotary_emb"})
-
-    @staticmethod
-    def matches(pipe: Any) -> bool:
-        """The text-to-image pipeline; PAG's and the ControlNet's are others."""
-        return any(c.__name__ == "HunyuanDiTPipeline" for c in type(pipe).__mro__)
-
-    def attention_sites(self) -> list[AttentionSite]:
-        """In every block self-attention, then cross-attention."""
-        return [
-            AttentionSite(f"transformer.{name}", module, "cross" if module.is_cross_attention else "self", module.heads)
-            for name, module in self.denoiser.named_modules()
-            if isinstance(module, Attention)
-        ]
-
-    def default_size(self) -> tuple[int, int]:
-        """The transformer's training size."""
-        size = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return size, size
 
     def picture_size(self, arguments: Arguments) -> tuple[int, int]:
         """With `use_resolution_binning` one of ten sizes, whatever was asked for."""
@@ -57,30 +39,8 @@ class HunyuanDiTFamily(Family):
             width, height = map_to_standard_shapes(width, height)
         return int(height), int(width)
 
-    def latent_shape(self, arguments: Arguments) -> tuple[int, int, int]:
-        """One latent position per `vae_scale_factor`² pixels."""
-        scale, (height, width) = self.pipe.vae_scale_factor, self.size(arguments)
-        return self.denoiser.config.in_channels, height // scale, width // scale
-
-    def combine(
-        self, uncond: torch.Tensor, cond: torch.Tensor, scale: float, arguments: Arguments | None = None
-    ) -> torch.Tensor:
-        """Rescaled where the call asks for it."""
-        share = float((arguments or {}).get("guidance_rescale") or 0)
-        guided = super().combine(uncond, cond, scale)
-        return rescale_noise_cfg(guided, cond, guidance_rescale=share) if share > 0 else guided
-
-    def prediction(self, out: Any, arguments: Arguments) -> torch.Tensor:
-        """Without the learned variance, the second half of the channels."""
-        return super().prediction(out, arguments)[:, : self.denoiser.config.in_channels]
-
     def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model is given it rounded to its dtype: the scheduler knows better."""
-
-    def grid(self, arguments: Arguments) -> tuple[int, int]:
-        """One position per patch of the latents."""
-        _, y, x = self.latent_shape(arguments)
-        return y // self.denoiser.config.patch_size, x // self.denoiser.config.patch_size
 
     def dry_inputs(self, arguments: Arguments) -> DenoiserInputs:
         """One row."""

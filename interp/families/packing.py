@@ -1,13 +1,15 @@
 """Latents in 2×2 patches: FLUX and its relatives hand the scheduler (rows, position, channel·4)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 
 from interp.errors import InterpError
-from interp.families.base import Arguments, AttentionSite, Family, Spans
+from interp.families.base import Family
+from interp.families.facts import Arguments, AttentionSite, Spans
+from interp.families.patches import even_levels, level_shift
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -31,17 +33,21 @@ def unpack(latents: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 class PackedFamily(Family):
-    """What pipelines with packed latents share: blocks read the text first, then the image, one position a patch."""
+    """What pipelines with packed latents share: blocks read the text first, then the image, one position a patch.
+
+    Noise levels are evenly spaced, and shifted with the size.
+    """
+
+    text_first_blocks: ClassVar[frozenset[str]] = frozenset({"transformer_blocks"})
+
+    def attention_kind(self, path: str, module: Any) -> str:
+        """Joint, everywhere."""
+        return "joint"
 
     @property
     def multiple(self) -> int:  # type: ignore[override]
         """A side holds whole patches of 2×2 latents."""
         return max(8, 2 * self.pipe.vae_scale_factor)
-
-    def default_size(self) -> tuple[int, int]:
-        """As the pipeline has it."""
-        size = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return size, size
 
     def grid(self, arguments: Arguments) -> tuple[int, int]:
         """One position per 2×2 latents."""
@@ -66,6 +72,17 @@ class PackedFamily(Family):
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """From a picture of latents to patches."""
         return pack(latents)
+
+    def schedule(self, arguments: Arguments) -> dict[str, Any]:
+        """The levels, unless the scheduler is to space them, and their shift."""
+        shift = {"mu": self.level_shift(arguments)}
+        if self.pipe.scheduler.config.get("use_flow_sigmas"):
+            return shift
+        return {"sigmas": even_levels(int(arguments["num_inference_steps"])), **shift}
+
+    def level_shift(self, arguments: Arguments) -> float:
+        """Of the noise levels, by the number of patches."""
+        return level_shift(self.pipe.scheduler.config, self.grid(arguments))
 
     def blank_output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """As many positions as the latents have."""

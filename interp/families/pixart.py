@@ -4,18 +4,22 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.attention_processor import Attention
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
-from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family
+from interp.families.facts import Arguments, DenoiserInputs, EncodedPrompt
+from interp.families.patches import PatchedFamily
 from interp.tokens import Tokens, tokenize
 
 
-class PixArtFamily(Family):
+class PixArtFamily(PatchedFamily):
     """Both PixArt pipelines: rows [uncond, cond], self- and cross-attention in every block."""
 
     name = "pixart"
+    pipelines: ClassVar[frozenset[str]] = frozenset({"PixArtAlphaPipeline", "PixArtSigmaPipeline"})  # PAG has more rows
+    text_arguments: ClassVar[Mapping[str, str]] = {
+        "embeddings": "encoder_hidden_states", "mask": "encoder_attention_mask",
+    }  # fmt: skip
     bins: ClassVar[Mapping[int, Mapping[str, Any]]] = {
         256: pipeline_pixart_sigma.ASPECT_RATIO_2048_BIN,
         128: pipeline_pixart_alpha.ASPECT_RATIO_1024_BIN,
@@ -23,19 +27,6 @@ class PixArtFamily(Family):
         32: pipeline_pixart_alpha.ASPECT_RATIO_256_BIN,
     }
     """The transformer's training size in latents → the sizes that a picture may have."""
-
-    @staticmethod
-    def matches(pipe: Any) -> bool:
-        """The two pipelines by class; PAG's has another number of rows."""
-        return any(c.__name__ in ("PixArtAlphaPipeline", "PixArtSigmaPipeline") for c in type(pipe).__mro__)
-
-    def attention_sites(self) -> list[AttentionSite]:
-        """In every block self-attention, then cross-attention."""
-        return [
-            AttentionSite(f"transformer.{name}", module, "cross" if module.is_cross_attention else "self", module.heads)
-            for name, module in self.denoiser.named_modules()
-            if isinstance(module, Attention)
-        ]
 
     def default_size(self) -> tuple[int, int]:
         """The transformer's training size."""
@@ -52,25 +43,10 @@ class PixArtFamily(Family):
             return height, width
         return self.pipe.image_processor.classify_height_width_bin(height, width, ratios=bins)
 
-    def latent_shape(self, arguments: Arguments) -> tuple[int, int, int]:
-        """One latent position per `vae_scale_factor`² pixels."""
-        height, width = self.size(arguments)
-        scale = self.pipe.vae_scale_factor
-        return self.denoiser.config.in_channels, height // scale, width // scale
-
     def next_latents(self, out: Any, arguments: Arguments) -> torch.Tensor:
         """A run of one step goes on with the predicted x_0 (the distilled DMD model)."""
         single = arguments.get("num_inference_steps") == 1 and isinstance(out, tuple)
         return out[1] if single else super().next_latents(out, arguments)
-
-    def prediction(self, out: Any, arguments: Arguments) -> torch.Tensor:
-        """Without the learned variance, the second half of the channels."""
-        return super().prediction(out, arguments)[:, : self.denoiser.config.in_channels]
-
-    def grid(self, arguments: Arguments) -> tuple[int, int]:
-        """One position per patch of the latents."""
-        _, y, x = self.latent_shape(arguments)
-        return y // self.denoiser.config.patch_size, x // self.denoiser.config.patch_size
 
     def dry_inputs(self, arguments: Arguments) -> DenoiserInputs:
         """One row."""
@@ -86,14 +62,6 @@ class PixArtFamily(Family):
             "added_cond_kwargs": added,
         }
         return DenoiserInputs((torch.empty(1, *self.latent_shape(arguments), dtype=dtype),), kwargs)
-
-    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-        """The scheduler's own, one for all rows."""
-        return float(torch.as_tensor(kwargs["timestep"]).flatten()[0])
-
-    def text_length(self, arguments: Arguments | None = None) -> int:
-        """120 (α) or 300 (Σ), unless the call says otherwise."""
-        return int((self.arguments() if arguments is None else arguments)["max_sequence_length"])
 
     def tokenize(self, prompt: str, arguments: Arguments | None = None) -> Tokens:
         """The pipeline lower-cases the prompt, or cleans it."""
@@ -112,15 +80,6 @@ class PixArtFamily(Family):
             clean_caption=self._clean(arguments), max_sequence_length=self.text_length(arguments),
         )  # fmt: skip
         return EncodedPrompt(embeddings, mask=mask)
-
-    def text_inputs(self, kwargs: Mapping[str, Any]) -> EncodedPrompt:
-        """T5 states and their mask."""
-        return EncodedPrompt(kwargs["encoder_hidden_states"], mask=kwargs["encoder_attention_mask"])
-
-    def with_text(self, kwargs: Mapping[str, Any], text: EncodedPrompt) -> dict[str, Any]:
-        """Exchange the states, and the mask if one is given."""
-        changed = {**kwargs, "encoder_hidden_states": text.embeddings}
-        return changed if text.mask is None else {**changed, "encoder_attention_mask": text.mask}
 
     def layer_text(self, text: EncodedPrompt) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The captions are projected to the transformer's width first."""

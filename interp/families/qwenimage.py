@@ -1,18 +1,16 @@
 """Qwen-Image: joint attention over [text, image], states of a language model without its template's beginning."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 
 from interp.errors import InterpError
-from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt
+from interp.families.facts import Arguments, DenoiserInputs, EncodedPrompt
 from interp.families.packing import PackedFamily, pack, unpack
+from interp.families.patches import even_levels
 from interp.families.ragged import lengthened, trimmed, with_gaps
 from interp.tokens import Tokens, tokenize
 
@@ -24,35 +22,12 @@ class QwenImageFamily(PackedFamily):
     """
 
     name = "qwenimage"
+    # others of the model give the transformer pictures or another batch
+    pipelines: ClassVar[frozenset[str]] = frozenset({"QwenImagePipeline"})
     ragged: ClassVar[bool] = True
     sequential: ClassVar[bool] = True
+    needs_negative: ClassVar[bool] = True
     guidance_argument: ClassVar[str] = "true_cfg_scale"
-
-    @staticmethod
-    def matches(pipe: Any) -> bool:
-        """The text-to-image pipeline by class; others of the model give the transformer pictures or another batch."""
-        return any(c.__name__ == "QwenImagePipeline" for c in type(pipe).__mro__)
-
-    def attention_sites(self) -> list[AttentionSite]:
-        """One a block."""
-        return [
-            AttentionSite(f"transformer.{name}", module, "joint", module.heads)
-            for name, module in self.denoiser.named_modules()
-            if isinstance(module, Attention)
-        ]
-
-    def output_index(self, path: str) -> int:
-        """Blocks give (text, image)."""
-        return int(path.rsplit(".", 1)[0] == "transformer.transformer_blocks")
-
-    def run_arguments(
-        self, guidance_scale: float, negative_prompts: Sequence[str], options: Arguments, any_negative: bool
-    ) -> dict[str, Any]:
-        """The negative prompt is always given, be it empty, since the pipeline has no guidance without."""
-        asked: dict[str, Any] = {"true_cfg_scale": guidance_scale, **options}
-        if self.applied_guidance(asked) > 1:
-            asked["negative_prompt"] = list(negative_prompts)
-        return asked
 
     def check_call(self, arguments: Arguments) -> None:
         """Several images of prompts of different lengths: the pipeline (diffusers 0.42) gives them each other's masks."""
@@ -64,11 +39,6 @@ class QwenImageFamily(PackedFamily):
                 "pictures would not be those of their prompts; repeat the prompts in the list instead"
             )
 
-    def guided(self, arguments: Arguments) -> bool:
-        """Guidance needs a scale above 1 and a negative prompt, be it empty."""
-        negative = arguments.get("negative_prompt") is not None or arguments.get("negative_prompt_embeds") is not None
-        return negative and super().guided(arguments)
-
     def combine(
         self, uncond: torch.Tensor, cond: torch.Tensor, scale: float, arguments: Arguments | None = None
     ) -> torch.Tensor:
@@ -78,12 +48,9 @@ class QwenImageFamily(PackedFamily):
         return unpack(guided * (next(norms) / next(norms)), tuple(cond.shape[1:]))
 
     def schedule(self, arguments: Arguments) -> dict[str, Any]:
-        """Evenly spaced noise levels, shifted with the size."""
-        config, steps = self.pipe.scheduler.config, int(arguments["num_inference_steps"])
-        y, x = self.grid(arguments)
-        names = (("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15))
-        shift = calculate_shift(y * x, *(config.get(name, default) for name, default in names))
-        return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": shift}
+        """The levels are the pipeline's, whatever the scheduler could do."""
+        steps = int(arguments["num_inference_steps"])
+        return {"sigmas": even_levels(steps), "mu": self.level_shift(arguments)}
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
@@ -113,10 +80,6 @@ class QwenImageFamily(PackedFamily):
             "img_shapes": [[(1, y, x)]],
         }
         return DenoiserInputs((), kwargs)
-
-    def text_length(self, arguments: Arguments | None = None) -> int:
-        """512 positions at most, unless the call says otherwise; there is no padding to it."""
-        return int((self.arguments() if arguments is None else arguments)["max_sequence_length"])
 
     def tokenize(self, prompt: str, arguments: Arguments | None = None) -> Tokens:
         """The prompt within the template, of which the states of the first tokens are dropped."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from interp.families.base import EncodedPrompt
+from interp.families.facts import EncodedPrompt
 
 
 def with_gaps(embeddings: torch.Tensor, mask: torch.Tensor | None) -> EncodedPrompt:

@@ -11,7 +11,8 @@ from diffusers.pipelines.sana.pipeline_sana import (
     ASPECT_RATIO_4096_BIN,
 )
 
-from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family
+from interp.families.base import Family
+from interp.families.facts import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt
 from interp.families.pixart import PixArtFamily
 from interp.tokens import Tokens, padded, tokenize
 
@@ -25,15 +26,13 @@ class SanaFamily(PixArtFamily):
     """
 
     name = "sana"
+    pipelines: ClassVar[frozenset[str]] = frozenset(
+        {"SanaPipeline"}
+    )  # Sprint's changes the latents, PAG's has more rows
     multiple = 32
     bins: ClassVar[Mapping[int, Mapping[str, Any]]] = {
         128: ASPECT_RATIO_4096_BIN, 64: ASPECT_RATIO_2048_BIN, 32: ASPECT_RATIO_1024_BIN, 16: ASPECT_RATIO_512_BIN,
     }  # fmt: skip
-
-    @staticmethod
-    def matches(pipe: Any) -> bool:
-        """The text-to-image pipeline; Sprint's changes the latents, PAG's has another number of rows."""
-        return any(c.__name__ == "SanaPipeline" for c in type(pipe).__mro__)
 
     def attention_sites(self) -> list[AttentionSite]:
         """The cross-attention of every block."""

@@ -1,58 +1,39 @@
 """Stable Diffusion 3 and 3.5: joint attention over [image, text], the text being CLIP's 77 positions and then T5's."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
-from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family, Pass, Spans
+from interp.families.facts import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Pass, Spans
+from interp.families.patches import PatchedFamily, level_shift
 from interp.tokens import Tokens, join, tokenize
 
 
-class SD3Family(Family):
+class SD3Family(PatchedFamily):
     """`StableDiffusion3Pipeline`: rows [uncond, cond]; 3.5 adds query and key norms and self-attention beside the joint one."""
 
     name = "sd3"
-
-    @staticmethod
-    def matches(pipe: Any) -> bool:
-        """The text-to-image pipeline; PAG's has another number of rows."""
-        return any(c.__name__ == "StableDiffusion3Pipeline" for c in type(pipe).__mro__)
+    pipelines: ClassVar[frozenset[str]] = frozenset({"StableDiffusion3Pipeline"})  # PAG's has another number of rows
+    text_first_blocks: ClassVar[frozenset[str]] = frozenset({"transformer_blocks"})
+    text_arguments: ClassVar[Mapping[str, str]] = {
+        "embeddings": "encoder_hidden_states", "pooled": "pooled_projections",
+    }  # fmt: skip
 
     @property
     def multiple(self) -> int:  # type: ignore[override]
         """A side holds whole patches of latents."""
         return max(8, self.pipe.vae_scale_factor * self.pipe.patch_size)
 
-    def attention_sites(self) -> list[AttentionSite]:
+    def attention_kind(self, path: str, module: Any) -> str:
         """In every block joint attention, then (3.5) self-attention of the image."""
-        return [
-            AttentionSite(f"transformer.{name}", m, "self" if m.added_kv_proj_dim is None else "joint", m.heads)
-            for name, m in self.denoiser.named_modules()
-            if isinstance(m, Attention)
-        ]
-
-    def output_index(self, path: str) -> int:
-        """Blocks give (text, image)."""
-        return int(path.rsplit(".", 1)[0] == "transformer.transformer_blocks")
+        return "self" if module.added_kv_proj_dim is None else "joint"
 
     def branches(self, call: Pass) -> tuple[str, ...]:
         """[uncond, cond] rows under guidance; the third pass of skip-layer guidance is of no branch."""
         if call.kwargs.get("skip_layers") is not None:
             return ()
         return ("uncond", "cond") if self.pipe.do_classifier_free_guidance else ("cond",)
-
-    def default_size(self) -> tuple[int, int]:
-        """The transformer's training size."""
-        size = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        return size, size
-
-    def latent_shape(self, arguments: Arguments) -> tuple[int, int, int]:
-        """One latent position per `vae_scale_factor`² pixels."""
-        scale, (height, width) = self.pipe.vae_scale_factor, self.size(arguments)
-        return self.denoiser.config.in_channels, height // scale, width // scale
 
     def schedule(self, arguments: Arguments) -> dict[str, Any]:
         """3.5 Large Turbo and others shift the noise levels with the size."""
@@ -61,14 +42,7 @@ class SD3Family(Family):
             return {"mu": given}
         if not config.get("use_dynamic_shifting"):
             return {}
-        y, x = self.grid(arguments)
-        names = (("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.16))
-        return {"mu": calculate_shift(y * x, *(config.get(name, default) for name, default in names))}
-
-    def grid(self, arguments: Arguments) -> tuple[int, int]:
-        """One position per patch of the latents."""
-        _, y, x = self.latent_shape(arguments)
-        return y // self.pipe.patch_size, x // self.pipe.patch_size
+        return {"mu": level_shift(config, self.grid(arguments), most=1.16)}
 
     def spans(self, site: AttentionSite, queries: int, keys: int, kwargs: Mapping[str, Any]) -> Spans:
         """The image first, then the text."""
@@ -90,10 +64,6 @@ class SD3Family(Family):
             "pooled_projections": torch.empty(1, config.pooled_projection_dim, dtype=dtype),
         }
         return DenoiserInputs((), kwargs)
-
-    def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-        """The scheduler's own, one for all rows."""
-        return float(kwargs["timestep"].flatten()[0])
 
     def _t5_length(self, arguments: Arguments | None) -> int:
         return int((self.arguments() if arguments is None else arguments)["max_sequence_length"])
@@ -124,12 +94,3 @@ class SD3Family(Family):
             **self.encoding_options(arguments),
         )  # fmt: skip
         return EncodedPrompt(embeddings, pooled)
-
-    def text_inputs(self, kwargs: Mapping[str, Any]) -> EncodedPrompt:
-        """All states, and the pooled vectors of both CLIP encoders."""
-        return EncodedPrompt(kwargs["encoder_hidden_states"], kwargs["pooled_projections"])
-
-    def with_text(self, kwargs: Mapping[str, Any], text: EncodedPrompt) -> dict[str, Any]:
-        """Exchange the states, and the pooled vectors if they are given."""
-        changed = {**kwargs, "encoder_hidden_states": text.embeddings}
-        return changed if text.pooled is None else {**changed, "pooled_projections": text.pooled}

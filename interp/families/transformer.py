@@ -8,7 +8,8 @@ import torch
 
 from interp.branches import keep_rows
 from interp.errors import InterpError
-from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family, Pass
+from interp.families.base import Family
+from interp.families.facts import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Pass
 from interp.families.glance import glance
 from interp.overriding import own_class
 from interp.tokens import Tokens
@@ -27,8 +28,8 @@ class UnknownTransformerFamily(Family):
     fallback: ClassVar[bool] = True
     sequential: ClassVar[bool] = True
 
-    @staticmethod
-    def matches(pipe: Any) -> bool:
+    @classmethod
+    def matches(cls, pipe: Any) -> bool:
         """Whatever has a transformer and a scheduler."""
         return isinstance(getattr(pipe, "transformer", None), torch.nn.Module) and hasattr(pipe, "scheduler")
 

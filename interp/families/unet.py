@@ -5,19 +5,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.attention_processor import Attention
 
 from interp.compiling import plain
 from interp.errors import InterpError
-from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family, Pass
-
-# Pipelines whose row order [uncond, cond] was read in their source. Others of the same base (InstructPix2Pix and PAG
-# have three chunks) are left out on purpose: a branch is never guessed.
-_PIPELINES = {
-    f"{model}{variant}Pipeline"
-    for model in ("StableDiffusion", "StableDiffusionXL")
-    for variant in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
-} | {"StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"}
+from interp.families.base import Family
+from interp.families.facts import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Pass
 
 
 class UNetFamily(Family):
@@ -25,11 +17,13 @@ class UNetFamily(Family):
 
     name = "unet"
     root: ClassVar[str] = "unet"
-
-    @staticmethod
-    def matches(pipe: Any) -> bool:
-        """Tell by the pipeline's class or one of its bases: nnsight and users subclass."""
-        return hasattr(pipe, "unet") and any(c.__name__ in _PIPELINES for c in type(pipe).__mro__)
+    # Their row order [uncond, cond] was read in their source. Others of the same base (InstructPix2Pix and PAG have three
+    # chunks) are left out on purpose: a branch is never guessed.
+    pipelines: ClassVar[frozenset[str]] = frozenset(
+        f"{model}{variant}Pipeline"
+        for model in ("StableDiffusion", "StableDiffusionXL")
+        for variant in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
+    )
 
     @property
     def denoisers(self) -> dict[str, torch.nn.Module]:
@@ -54,30 +48,29 @@ class UNetFamily(Family):
         """Guidance is on above 1, unless the scale is an input of the model (LCM-distilled)."""
         return super().guided(arguments) and getattr(self.pipe.unet.config, "time_cond_proj_dim", None) is None
 
-    def combine(
-        self, uncond: torch.Tensor, cond: torch.Tensor, scale: float, arguments: Arguments | None = None
-    ) -> torch.Tensor:
-        """With `guidance_rescale` φ the result is mixed with itself at the deviation of the branch with text (2305.08891)."""
-        guided = super().combine(uncond, cond, scale)
-        mixed = float((arguments or {}).get("guidance_rescale") or 0)
-        if mixed <= 0:
-            return guided
-        wanted, own = (x.std(dim=(1, 2, 3), keepdim=True) for x in (cond, guided))
-        return mixed * guided * (wanted / own) + (1 - mixed) * guided
-
     def applied_guidance(self, arguments: Arguments) -> float:
         """What the pipeline says, which a callback may change between steps."""
         return float(self.pipe.guidance_scale)
 
+    def attention_kind(self, path: str, module: Any) -> str | None:
+        """Inside transformer blocks; elsewhere `Attention` is of the middle of small models, or of the autoencoder."""
+        return super().attention_kind(path, module) if ".transformer_blocks." in path else None
+
     def attention_sites(self) -> list[AttentionSite]:
-        """Every `Attention` inside a transformer block, in module order, which is running order down, up, mid."""
-        sites = []
-        for name, module in self.denoiser.named_modules():
-            if isinstance(module, Attention) and ".transformer_blocks." in f".{name}":
-                kind = "cross" if module.is_cross_attention else "self"
-                sites.append(AttentionSite(f"unet.{name}", module, kind, module.heads))
+        """Module order is down, up, mid; running order down, mid, up."""
         order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-        return sorted(sites, key=lambda s: order.get(s.name.split(".")[1], 3))
+        return sorted(super().attention_sites(), key=lambda s: order.get(s.name.split(".")[1], 3))
+
+    def without_probabilities(self) -> dict[str, str]:
+        """Attention of a ControlNet beside the UNet, which has the same names: a run holds the UNet's."""
+        why = "attention of the ControlNet beside the UNet is not kept"
+        beside = [(root, m) for root, m in self.denoisers.items() if root != self.root]
+        return {
+            f"{root}.{path}": why
+            for root, model in beside
+            for path, module in model.named_modules()
+            if isinstance(module, self.attention)
+        }
 
     def default_size(self) -> tuple[int, int]:
         """The UNet's training size."""

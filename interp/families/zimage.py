@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
-from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
 from interp.branches import keep_rows
-from interp.families.base import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Family, Pass, Spans
+from interp.families.base import Family
 from interp.families.chat import around
+from interp.families.facts import Arguments, AttentionSite, DenoiserInputs, EncodedPrompt, Pass, Spans
+from interp.families.patches import level_shift
 from interp.families.ragged import apart, lengthened, stacked
 from interp.tokens import Tokens, tokenize
 
@@ -25,27 +26,24 @@ class ZImageFamily(Family):
     """
 
     name = "zimage"
+    pipelines: ClassVar[frozenset[str]] = frozenset({"ZImagePipeline"})
     ragged: ClassVar[bool] = True
     image_lies: ClassVar[Literal["first", "last"]] = "first"
-
-    @staticmethod
-    def matches(pipe: Any) -> bool:
-        """The text-to-image pipeline by class."""
-        return any(c.__name__ == "ZImagePipeline" for c in type(pipe).__mro__)
 
     @property
     def multiple(self) -> int:  # type: ignore[override]
         """A side holds whole patches of 2×2 latents."""
         return 2 * int(self.pipe.vae_scale_factor)
 
-    def attention_sites(self) -> list[AttentionSite]:
+    def attention_kind(self, path: str, module: Any) -> str | None:
         """The image's refiners, then the joint layers."""
-        kinds = {"noise_refiner": "self", "layers": "joint"}
-        return [
-            AttentionSite(f"transformer.{name}", module, kinds[name.partition(".")[0]], module.heads)
-            for name, module in self.denoiser.named_modules()
-            if isinstance(module, Attention) and name.partition(".")[0] in kinds
-        ]
+        return {"noise_refiner": "self", "layers": "joint"}.get(path.partition(".")[0])
+
+    def without_probabilities(self) -> dict[str, str]:
+        """Attention of the caption's refiners, from text to text: a run holds what reaches the image, or comes from it."""
+        why = "attention of Z-Image's caption refiners goes from text to text, which a run has no place for"
+        paths = [path for path, module in self.denoiser.named_modules() if isinstance(module, self.attention)]
+        return {f"transformer.{path}": why for path in paths if self.attention_kind(path, None) is None}
 
     def guided(self, arguments: Arguments) -> bool:
         """Guidance is on above 0."""
@@ -96,9 +94,7 @@ class ZImageFamily(Family):
 
     def schedule(self, arguments: Arguments) -> dict[str, Any]:
         """Evenly spaced noise levels, shifted with the size."""
-        config, (y, x) = self.pipe.scheduler.config, self.grid(arguments)
-        names = (("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15))
-        shift = calculate_shift(y * x, *(config.get(name, default) for name, default in names))
+        shift = level_shift(self.pipe.scheduler.config, self.grid(arguments))
         return {"sigmas": get_default_z_image_sigmas(int(arguments["num_inference_steps"])), "mu": shift}
 
     # One denoiser call: lists with an entry a row

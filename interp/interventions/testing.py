@@ -31,7 +31,8 @@ from interp.interventions.functions import Edit
 from interp.interventions.trial import Trial
 from interp.probes.testing import Check
 from interp.stores import Run
-from interp.testing.case import scheduled, untouched
+from interp.testing.case import scheduled
+from interp.testing.leftovers import untouched
 
 __all__ = ["PROMPTS", "SCHEDULERS", "check_intervention"]
 

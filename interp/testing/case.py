@@ -1,20 +1,25 @@
 """One pipeline under test: how it is made and called, and what a plain, unwatched call of it gives."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from diffusers.models.attention_processor import Attention
 
+from interp.capture import Capture
 from interp.families import Family, find_family
+from interp.recording import record
+from interp.stores import Run
 
-_HOOKS = [name for name in torch.nn.Module().__dict__ if name.endswith("_hooks") or "_hooks_" in name]
+EVERYTHING = Capture(
+    attention="all", heads="all", tokens="all", branches=("cond", "uncond"), text=True, image=False, dtype="float32"
+)
+BARE = Capture(attention=None, image=False)
 
 
 @dataclass(frozen=True)
@@ -26,36 +31,61 @@ class StepSeen:
     sample: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A recorded call: the latents that it returned, its run, and the steps that a spy at the scheduler saw."""
+
+    latents: torch.Tensor
+    run: Run
+    steps: list[StepSeen]
+
+
 @dataclass
 class FamilyCase:
     """A pipeline and the calls that are made of it.
 
     make: builds the pipeline, small and with random weights. guided, unguided: arguments of its call that switch
-    guidance on and off; `guided=None` for a pipeline that has none. options: further arguments of every call. size:
-    (height, width) in pixels, not square.
+    guidance on and off; `guided=None` for a pipeline that has none. options: further arguments of every call;
+    for_each: those of which each of the two prompts has one. size: (height, width) in pixels, not square.
     """
 
     make: Callable[[], Any]
     guided: Mapping[str, Any] | None
     unguided: Mapping[str, Any]
     options: Mapping[str, Any] = field(default_factory=dict)
+    for_each: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     size: tuple[int, int] = (32, 48)
     steps: int = 3
     prompts: tuple[str, str] = ("a red circle", "a dog on the blue square background")
     negative: str = "a green cat"
     tolerance: float = 1e-5
+    _plain: dict[bool, torch.Tensor] = field(default_factory=dict)
+    _recorded: dict[bool, Recorded] = field(default_factory=dict)
 
     @cached_property
     def pipe(self) -> Any:
         """The pipeline, in float32; called once, since transformers puts hooks of its own at a model's first call."""
         pipe = self.make()
-        self.call(pipe, guided=False)
+        self.call(pipe, guided=False, num_inference_steps=2)
         return pipe
 
     @cached_property
     def family(self) -> Family:
         """Its family, found as for any user."""
         return find_family(self.pipe)
+
+    @property
+    def modes(self) -> list[bool]:
+        """With guidance and without, as far as there is any."""
+        return [False] if self.guided is None else [True, False]
+
+    @property
+    def everything(self) -> Capture:
+        """All that the family can give."""
+        knows = bool(self.family.attention_sites()), bool(self.family.text_segments(self.arguments()))
+        return EVERYTHING.changed(attention="all" if knows[0] else None, text=knows[1])
+
+    # Calls
 
     def settings(self, guided: bool = True) -> dict[str, Any]:
         """Arguments that switch guidance on, with negative prompts, or off."""
@@ -68,10 +98,15 @@ class FamilyCase:
         takes = self.guided is not None and self.family.takes_negative
         return {"negative_prompt": [self.negative] * count} if takes else {}
 
+    def samples(self, *which: int, guided: bool = True) -> dict[str, Any]:
+        """Arguments of a call for these of the two prompts, each with what belongs to it; a prompt may come again."""
+        given = {name: [values[i] for i in which] for name, values in self.for_each.items()}
+        return {"prompt": [self.prompts[i] for i in which], **given, **(self.negatives(len(which)) if guided else {})}
+
     def call(self, pipe: Any | None = None, *, guided: bool = True, **more: Any) -> torch.Tensor:
         """Call the pipeline as a user does; return what it gives for `output_type="latent"`."""
         given = {
-            "prompt": list(self.prompts), "num_inference_steps": self.steps, "height": self.size[0],
+            **self.samples(0, 1, guided=False), "num_inference_steps": self.steps, "height": self.size[0],
             "width": self.size[1], "output_type": "latent", **self.settings(guided), **more,
         }  # fmt: skip
         given = {k: list(v) if isinstance(v, list) else v for k, v in given.items()}  # Z-Image writes into the prompts
@@ -83,7 +118,23 @@ class FamilyCase:
     def arguments(self, guided: bool = True) -> dict[str, Any]:
         """The arguments of that call, defaults filled in."""
         given = {"num_inference_steps": self.steps, "height": self.size[0], "width": self.size[1]}
-        return self.family.arguments({**given, **self.settings(guided)})
+        return self.family.arguments({**given, **self.samples(0, 1, guided=False), **self.settings(guided)})
+
+    def plain(self, guided: bool = True) -> torch.Tensor:
+        """What an unwatched call gives; called once."""
+        if guided not in self._plain:
+            self._plain[guided] = self.call(guided=guided)
+        return self._plain[guided]
+
+    def recorded(self, guided: bool = True) -> Recorded:
+        """The same call, recorded with everything that can be; called once, by the first check that asks."""
+        if guided not in self._recorded:
+            with self.spied() as seen, record(self.pipe, capture=self.everything) as recording:
+                latents = self.call(guided=guided)
+            self._recorded[guided] = Recorded(latents, recording.run, seen)
+        return self._recorded[guided]
+
+    # What is lent to the pipeline
 
     @contextmanager
     def spied(self, pipe: Any | None = None) -> Iterator[list[StepSeen]]:
@@ -108,6 +159,17 @@ class FamilyCase:
         """Lend the pipeline another scheduler."""
         return scheduled(self.pipe, scheduler)
 
+    @contextmanager
+    def copied(self) -> Iterator[torch.nn.Module]:
+        """Lend the pipeline a copy of its denoiser, which may be changed."""
+        root = self.family.root
+        own = getattr(self.pipe, root)
+        setattr(self.pipe, root, deepcopy(own))
+        try:
+            yield getattr(self.pipe, root)
+        finally:
+            setattr(self.pipe, root, own)
+
 
 @contextmanager
 def scheduled(pipe: Any, scheduler: Any) -> Iterator[None]:
@@ -119,41 +181,27 @@ def scheduled(pipe: Any, scheduler: Any) -> Iterator[None]:
         pipe.scheduler = own
 
 
-def fingerprint(pipe: Any) -> dict[str, Any]:
-    """Everything about a pipeline and the process that watching it could have left changed, by identity."""
-    scheduler = type(pipe.scheduler)
-    facts: dict[str, Any] = {
-        "scaled_dot_product_attention": F.scaled_dot_product_attention,
-        "get_attention_scores": Attention.get_attention_scores,
-        "attention backends": dict(_AttentionBackendRegistry._backends),
-        "pipeline class": type(pipe),
-        "scheduler": (pipe.scheduler, scheduler.step, scheduler.set_timesteps),
-    }
-    for name, part in pipe.components.items():
-        if isinstance(part, torch.nn.Module):
-            for path, module in part.named_modules():
-                own = {k: v for k, v in vars(module).items() if k == "forward" or not k.startswith("_")}
-                facts[f"{name}.{path}"] = (
-                    type(module), sorted(own), own.get("forward"), getattr(module, "processor", None),
-                    {h: list(getattr(module, h, ())) for h in _HOOKS},
-                )  # fmt: skip
-    return facts
-
-
-@contextmanager
-def untouched(pipe: Any) -> Iterator[None]:
-    """Check that the block leaves the pipeline and the process as they were, also when it raises."""
-    before = fingerprint(pipe)
-    try:
-        yield
-    finally:
-        after = fingerprint(pipe)
-        changed = [k for k in {**before, **after} if before.get(k) != after.get(k)]
-        assert not changed, f"left behind: {changed[:5]}"
-
-
 def close(got: torch.Tensor, want: torch.Tensor, tolerance: float, message: str) -> None:
     """Compare relative to the largest value."""
     assert got.shape == want.shape, f"{message}: shape {tuple(got.shape)} instead of {tuple(want.shape)}"
     off = float((got.float() - want.float()).abs().max() / want.float().abs().max().clamp(min=1))
     assert off <= tolerance, f"{message}: off by {off:.2g} relative"
+
+
+def alike(one: Run, other: Run, tolerance: float, attention: float) -> None:
+    """Compare latents and predictions of two runs, and every attention, relative to the largest value; gaps are equal."""
+    for name in ("latents", "noise_pred", "final_latents"):
+        _same(getattr(one, name).values, getattr(other, name).values, tolerance, name)
+    for group in ("attention", "self_attention", "text_attention"):
+        for grid in one.tree[group].children if group in one.tree.children else ():
+            a, b = (run.tree[f"{group}/{grid}"].to_dataset() for run in (one, other))
+            _same(a["probs"].values, b["probs"].values, attention, f"{group} {grid}")
+            if "token_text" in a:
+                assert np.array_equal(a["token_text"].values, b["token_text"].values), f"{group} {grid}: other tokens"
+
+
+def _same(one: Any, other: Any, tolerance: float, name: str) -> None:
+    a, b = torch.from_numpy(one), torch.from_numpy(other)
+    assert a.shape == b.shape, f"{name}: shape {tuple(a.shape)} instead of {tuple(b.shape)}"
+    assert torch.equal(a.isnan(), b.isnan()), f"{name}: gaps"
+    close(a.nan_to_num(), b.nan_to_num(), tolerance, f"{name} differ")

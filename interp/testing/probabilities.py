@@ -6,10 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from interp.capture import Capture
 from interp.families import AttentionSite, Spans
-from interp.hooks import At, DenoiserCall, HookRegistry
-from interp.recording import record
+from interp.hooks import At, HookRegistry
 from interp.testing.case import FamilyCase
 from interp.testing.reference import black_box_attention
 
@@ -23,9 +21,10 @@ def check_probabilities(case: FamilyCase, reference: Callable[..., Any] | None =
     """
     if not case.family.attention_sites():
         return
-    with record(case.pipe, capture=Capture(**_ALL)) as recording:
-        case.call()
-    run, expected, compared = recording.run, _expected(case, reference or black_box_attention), set()
+    run = case.recorded(case.modes[0]).run
+    expected, sums = _expected(case, reference or black_box_attention)
+    assert sums and np.max(sums) <= case.tolerance, f"rows sum to 1 ± {np.max(sums):.2g}"
+    compared = set()
     for (name, step, branch), (site, parts, spans) in expected.items():
         for part, queries, keys in _pairs(site, parts):
             want = parts[queries, keys]
@@ -40,12 +39,8 @@ def check_probabilities(case: FamilyCase, reference: Callable[..., Any] | None =
     # a last block that drops its text gives no text → image output to read off
     missing = {(s.name, p) for s in case.family.attention_sites() for p in _PARTS[s.kind]} - compared
     assert all(part == "text" for _, part in missing), f"not compared: {sorted(missing)}"
-    _rows_sum_to_one(case)
 
 
-_ALL: dict[str, Any] = {
-    "attention": "all", "heads": "all", "tokens": "all", "branches": ("cond", "uncond"), "dtype": "float32", "image": False,
-}  # fmt: skip
 _NODES = {"cross": "attention", "self": "self_attention", "text": "text_attention"}
 _PARTS = {"cross": ("cross",), "self": ("self",), "joint": ("cross", "self", "text")}
 
@@ -93,11 +88,18 @@ def _compare(case: FamilyCase, got: torch.Tensor, want: torch.Tensor, part: str,
     assert float(want.nan_to_num().max()) > 3 * flat, f"{where}: too flat for a check; scale the queries up"
 
 
-def _expected(case: FamilyCase, reference: Callable[..., Any]) -> dict[tuple[str, int, str], Any]:
-    """(site, step, branch) → site, black-box parts of the branch's rows, and spans; of the first and last step."""
+def _expected(case: FamilyCase, reference: Callable[..., Any]) -> tuple[dict[tuple[str, int, str], Any], list[float]]:
+    """(site, step, branch) → site, black-box parts of the branch's rows, and spans; of the first and last step.
+
+    Beside it, how far the rows of each kernel call of the first step are from summing to 1.
+    """
     family, calls = case.family, []
     order: list[tuple[int, tuple[str, ...]]] = []
     inside: list[int] = []
+    sums: list[float] = []
+
+    def total(probs: torch.Tensor, at: At) -> None:
+        sums.append(float((probs.sum(-1) - 1).abs().max()))
 
     def keep(site: AttentionSite) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -116,6 +118,7 @@ def _expected(case: FamilyCase, reference: Callable[..., Any]) -> dict[tuple[str
     try:
         with HookRegistry(case.pipe) as hooks:  # for the order of the branches alone; another check proves it
             hooks.on_call(lambda call: order.append((call.step, call.branches)))
+            hooks.read("*:probs", total, steps=[0])
             case.call()
     finally:
         for handle in handles:
@@ -134,7 +137,7 @@ def _expected(case: FamilyCase, reference: Callable[..., Any]) -> dict[tuple[str
             for i, branch in enumerate(branches):
                 rows = {pair: t.chunk(len(branches))[i] for pair, t in parts.items()}
                 found[site.name, step, branch] = (site, rows, spans)
-    return found
+    return found, sums
 
 
 def _streams(parts: Parts, dim: int) -> list[torch.Tensor]:
@@ -153,19 +156,3 @@ def _cloned(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {k: _cloned(v) for k, v in tree.items()}
     return tree
-
-
-def _rows_sum_to_one(case: FamilyCase) -> None:
-    sums: list[float] = []
-
-    def total(probs: torch.Tensor, at: At) -> None:
-        if at.step == 0:
-            sums.append(float((probs.sum(-1) - 1).abs().max()))
-
-    with HookRegistry(case.pipe) as hooks:
-        hooks.read("*:probs", total)
-        case.call()
-    assert sums and np.max(sums) <= case.tolerance, f"rows sum to 1 ± {np.max(sums):.2g}"
-
-
-__all__ = ["DenoiserCall", "check_probabilities"]

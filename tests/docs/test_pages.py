@@ -8,7 +8,7 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 EXPECTED = {
-    "families": ["unet True", "ok: probabilities\nok: branches\nok: layout", "['', 's', 'i', 't']"],
+    "families": ["unet True", "probabilities: ok\nbranches: ok\nlayout: ok\nfused projections: the same", "['', 's', 'i', 't']"],
     "attribution": [
         "1 nats (log-odds against the pixel's strongest other word) | 0 | 1 (share of the pixel's attention"
     ],
@@ -78,8 +78,3 @@ def test_glossary_has_every_dimension_of_the_format() -> None:
         assert f"| {dim}" in words or f", {dim}" in words
 
 
-def test_the_support_table_is_what_the_families_say() -> None:
-    from tests.families.support_table import with_table
-
-    text = (DOCS / "families.md").read_text(encoding="utf-8")
-    assert text == with_table(text), "run `python -m tests.families.support_table`"

@@ -7,7 +7,7 @@ from PIL import Image
 
 import interp
 from interp.families import find_family
-from interp.testing.case import untouched
+from interp.testing.leftovers import untouched
 from tests.families.pipelines import BUILDERS, tiny
 
 A, B, C = "a red circle", "a dog on the blue square background", "a circle red"

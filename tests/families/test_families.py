@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 import interp
 from interp.catalog import dry_run
 from interp.families import find_family
+from interp.testing.leftovers import untouched as untouched_as_it_is
 from tests.families.pipelines import sd1, tiny
+from tests.families.variant_pipelines import controlled
 from tests.interp.leftovers import untouched
 
 A, B = "a red circle", "a dog on the blue square background"
@@ -134,24 +136,12 @@ def test_image_to_image_through_a_registry():
     assert seen == [(s, b) for s in (0, 1) for b in ("uncond", "cond")]
 
 
-def controlled():
-    parts = sd1().components
-    torch.manual_seed(1)
-    net = ControlNetModel.from_unet(parts["unet"], conditioning_channels=3, conditioning_embedding_out_channels=(4, 4))
-    with torch.no_grad():
-        for block in [*net.controlnet_down_blocks, net.controlnet_mid_block]:
-            torch.nn.init.normal_(block.weight, std=0.3)
-    pipe = StableDiffusionControlNetPipeline(**parts, controlnet=net, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def test_a_controlnet_loses_the_same_rows():
     """Rows that leave the denoiser leave the ControlNet beside it; with guidance kept, nothing changes."""
     pipe, rows = controlled(), {"unet": [], "controlnet": []}
     image = [Image.new("RGB", (32, 32), c) for c in ("red", "blue")]
     want = call(pipe, image=image, steps=4)
-    with untouched_call(pipe, image), interp.HookRegistry(pipe) as hooks:
+    with untouched_as_it_is(pipe), interp.HookRegistry(pipe) as hooks:
         hooks.on_call(lambda c: None)
         assert torch.equal(call(pipe, image=image, steps=4), want)
     handles = [
@@ -170,19 +160,6 @@ def test_a_controlnet_loses_the_same_rows():
         handle.remove()
     assert rows == {"unet": [4, 4, 2, 2], "controlnet": [4, 4, 2, 2]}
     assert torch.isfinite(got).all() and not torch.equal(got, want)
-
-
-class untouched_call:  # noqa: N801
-    """The classes of the modules are as before, also for a pipeline that needs a picture to run."""
-
-    def __init__(self, pipe, image):
-        self.pipe = pipe
-
-    def __enter__(self):
-        self.before = [type(m) for m in self.pipe.unet.modules()] + [type(self.pipe.controlnet)]
-
-    def __exit__(self, *_):
-        assert self.before == [type(m) for m in self.pipe.unet.modules()] + [type(self.pipe.controlnet)]
 
 
 def test_subclasses_of_a_pipeline_are_known():

@@ -5,13 +5,10 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxControlPipeline, FluxImg2ImgPipeline
-from PIL import Image
 
 import interp
 from interp.families import find_family
-from interp.testing import check_family
-from tests.families.pipelines import _flux, flux, tiny
+from tests.families.pipelines import tiny
 from tests.interp.leftovers import untouched
 
 A, B = "a red circle", "a dog on the blue square background"
@@ -193,46 +190,3 @@ def test_sizes_are_whole_patches():
 def test_layers_of_joint_attention_cannot_read_another_prompt():
     with pytest.raises(interp.InterpError, match="no keys or values of the prompt by layer"):
         traced(tiny("flux"), [interp.ReplacePrompt(B, side="v")])
-
-
-def parts_of(pipe):
-    return {n: c for n, c in pipe.components.items() if n not in ("image_encoder", "feature_extractor")}
-
-
-def image_to_image():
-    pipe = FluxImg2ImgPipeline(**parts_of(flux()))
-    pipe.default_sample_size = 16
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def control():
-    parts = parts_of(flux())
-    parts["transformer"] = _flux(guidance_embeds=True, in_channels=32, out_channels=16).transformer
-    pipe = FluxControlPipeline(**parts)
-    pipe.default_sample_size = 16
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8))
-VARIANTS = {
-    "image to image": (
-        image_to_image,
-        {"options": {**SHORT, "image": PICTURE, "strength": 0.7}, "guided": {"true_cfg_scale": 3.0}, "unguided": {}},
-    ),
-    "control": (control, {"options": {**SHORT, "control_image": PICTURE}, "guided": None, "unguided": {}}),
-}
-
-
-def cases():
-    for name, (make, settings) in VARIANTS.items():
-        for check in check_family(make, steps=4, **settings):
-            # image-to-image makes its own latents, and encodes one picture for the batch with the first generator
-            if name == "control" or str(check) not in ("layout", "batch of two"):
-                yield pytest.param(check, id=f"{name}: {check}")
-
-
-@pytest.mark.parametrize("check", list(cases()))
-def test_variants(check):
-    check()

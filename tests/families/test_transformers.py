@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload
 
 import interp
 from interp.families import find_family
-from tests.families.pipelines import BUILDERS, tiny
+from tests.families.pipelines import tiny
 from tests.families.test_conformance import FAMILIES, INSTRUCTION
 
 A, B = "a red circle", "a dog on the blue square background"
@@ -147,38 +146,3 @@ def test_the_registers_get_what_is_missing():
     for layer in given.layer.values:
         missing = 1 - given.sel(layer=layer).values.reshape(2, -1)
         assert np.allclose(missing, totals[f"{layer}:probs", 0].numpy(), atol=1e-5) and missing.max() > 0.01
-
-
-ATTENTION = interp.Capture(attention="cross", heads="all", tokens="all", dtype="float32", image=False)
-
-
-@pytest.mark.parametrize("name", ["hunyuandit", "auraflow"])
-def test_fused_projections(name):
-    pipe = BUILDERS[name]()
-    plain = interp.trace(pipe, A, capture=ATTENTION, **settings(name))
-    pipe.transformer.fuse_qkv_projections()
-    fused = interp.trace(pipe, A, capture=ATTENTION, **settings(name))
-    for grid in plain.grids:
-        assert np.allclose(fused.attention(grid).values, plain.attention(grid).values, atol=1e-4)
-    assert np.allclose(fused.final_latents.values, plain.final_latents.values, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["sana", "auraflow"])  # HunyuanDiT's pooler cannot run offloaded, watched or not
-def test_offloaded_weights(name):
-    pipe = BUILDERS[name]()
-    plain = interp.trace(pipe, A, capture=ATTENTION, **settings(name))
-    cpu_offload(pipe.transformer, execution_device=torch.device("cpu"))
-    moved = interp.trace(pipe, A, capture=ATTENTION, **settings(name))
-    for grid in plain.grids:
-        assert np.array_equal(moved.attention(grid).values, plain.attention(grid).values, equal_nan=True)
-    assert np.array_equal(moved.final_latents.values, plain.final_latents.values)
-
-
-def test_a_compiled_model_runs_eagerly():
-    pipe = BUILDERS["auraflow"]()
-    plain = interp.trace(pipe, A, capture=ATTENTION, **settings("auraflow"))
-    pipe.transformer.compile()
-    with pytest.warns(UserWarning, match="the model is compiled"):
-        watched = interp.trace(pipe, A, capture=ATTENTION, **settings("auraflow"))
-    assert np.array_equal(watched.final_latents.values, plain.final_latents.values)
-    assert np.array_equal(watched.attention("8x12").values, plain.attention("8x12").values)
