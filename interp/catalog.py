@@ -7,12 +7,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import Arguments, AttentionSite, Family, find_family
 from interp.observing import HookProbs, identities
 from interp.patterns import REGEX, matching
+from interp.undressing import without_data
 
 ALIASES = {"pattern": "probs", "attn": "probs", "output": "out", "input": "in"}
 _DRY_RUNS: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
@@ -156,7 +156,7 @@ def _dry_run(family: Family, arguments: Arguments) -> tuple[dict[str, tuple[int,
                 continue
             undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             undo.callback(module.register_forward_hook(lambda _, args, out, path=path: leave(path, out)).remove)
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(str(denoiser.device)):
+        with without_data(denoiser):
             inputs = family.dry_inputs(arguments)
             leave("", denoiser.forward(*inputs.args, **inputs.kwargs))  # not its __call__, which a registry may hold
     return shapes, grids

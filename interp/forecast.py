@@ -6,19 +6,17 @@ lives. What kernels use within themselves (workspaces of convolutions and matrix
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from interp.calls import DenoiserCall
 from interp.families import DenoiserInputs, Family
 from interp.hooks import HookRegistry
-from interp.undressing import undressed
+from interp.undressing import undressed, without_data
 
 if TYPE_CHECKING:
     from interp.planning import Plan
@@ -81,7 +79,12 @@ def _denoising(family: Family, plan: "Plan", recorded: bool) -> int:
     batch = max(plan.batches, key=len)
     branches = ("uncond", "cond") if family.guided(plan.arguments) else ("cond",)
     calls = [(b,) for b in branches] if family.sequential else [branches]
-    with family.rehearsing(), HookRegistry(family.pipe, family) as hooks, _without_data(family) as counted:
+    with (
+        family.rehearsing(),
+        HookRegistry(family.pipe, family) as hooks,
+        without_data(family.denoiser),
+        Counted() as counted,
+    ):
         recorder = Recorder(hooks, None, plan, batch) if recorded else None  # type: ignore[arg-type]
         step = max(plan.capture.chosen_steps(len(plan.timeline)), default=0)
         outputs = []
@@ -105,18 +108,10 @@ def _decoding(family: Family, plan: "Plan") -> int:
     shape = family.latent_shape(plan.arguments)
     video = any(isinstance(m, torch.nn.Conv3d) for m in vae.modules())
     upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    with undressed(vae), _without_data(family) as counted:
+    with undressed(vae), without_data(vae), Counted() as counted:
         latents = torch.empty(rows, *shape, dtype=vae.dtype)
         vae.decode(latents.unsqueeze(2) if video else latents, return_dict=False)
         return counted.most * (2 if upcast else 1)
-
-
-@contextmanager
-def _without_data(family: Family) -> Iterator[Counted]:
-    device = str(family.denoiser.device)
-    device = "cpu" if device == "meta" else device  # offloaded
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(device), Counted() as counted:
-        yield counted
 
 
 def repeated(family: Family, inputs: DenoiserInputs, rows: int) -> DenoiserInputs:

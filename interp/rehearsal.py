@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from interp.families import Arguments, Family
 from interp.hooks import At, HookRegistry
 from interp.observing import identities
+from interp.undressing import without_data
 
 _KNOWN: WeakKeyDictionary[torch.nn.Module, dict[tuple, dict[str, tuple[int, ...] | None]]] = WeakKeyDictionary()
 
@@ -37,7 +37,6 @@ def _met(family: Family, sites: Sequence[str], arguments: Arguments) -> dict[str
     with family.rehearsing(), HookRegistry(family.pipe, family) as hooks:
         for site in sites:
             hooks.read(site, meet)
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, torch.no_grad(), torch.device(str(family.denoiser.device)):
+        with without_data(family.denoiser):
             hooks.rehearse(family.dry_inputs(arguments))
     return shapes

@@ -1,4 +1,7 @@
-"""A module without what others put on it: hooks, an offload's or nnsight's `forward`, compiled code, own kernels."""
+"""A module without what others put on it: hooks, an offload's or nnsight's `forward`, compiled code, own kernels.
+
+So it can be run on tensors without data, which tells shapes and sizes and computes nothing.
+"""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -6,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from interp.observing import NAME, HookProbs
 
@@ -43,3 +47,24 @@ def undressed(module: torch.nn.Module) -> Iterator[None]:
             vars(m)[name] = own
         for m, point in points:
             m._modules[NAME] = point
+
+
+@contextmanager
+def without_data(module: torch.nn.Module) -> Iterator[None]:
+    """Tensors that are made inside have no data, and lie on the module's device.
+
+    Weights that an offload has taken away lie nowhere: there, all of them are stood in for, on the CPU.
+    """
+    weights = [*module.parameters(), *module.buffers()]
+    offloaded = any(t.is_meta for t in weights)
+    device = "cpu" if offloaded or not weights else str(weights[0].device)
+    stores = [store for m in module.modules() for store in (m._parameters, m._buffers)] if offloaded else []
+    kept = [(store, name, tensor) for store in stores for name, tensor in store.items() if tensor is not None]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(device):
+        try:
+            for store, name, tensor in kept:
+                store[name] = torch.empty(tensor.shape, dtype=tensor.dtype)  # type: ignore[assignment]
+            yield
+        finally:
+            for store, name, tensor in kept:
+                store[name] = tensor  # type: ignore[assignment]

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from interp.compiling import plain
 from interp.errors import InterpError
 from interp.overriding import own_class
 
@@ -107,8 +108,10 @@ def _glance(pipe: Any, denoiser: torch.nn.Module, given: Mapping[str, Any]) -> G
 @contextmanager
 def _alone(pipe: Any, denoiser: torch.nn.Module, seen: dict[str, Any]) -> Iterator[None]:
     """Let the pipeline's own class be called, and the denoiser end the call."""
-    worn = pipe.__class__, denoiser.__class__
-    bare = own_class(denoiser)
+    # what the pipeline calls may be a compiled wrapper of the module
+    parts = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+    called = [denoiser, *(m for m in parts if m is not denoiser and plain(m) is denoiser)]
+    worn = pipe.__class__, [m.__class__ for m in called]
 
     def end(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen.update(args=args, kwargs=kwargs)
@@ -117,13 +120,17 @@ def _alone(pipe: Any, denoiser: torch.nn.Module, seen: dict[str, Any]) -> Iterat
     quiet = dict(getattr(pipe, "_progress_bar_config", {}))
     token = GLANCING.set(True)
     pipe.__class__ = own_class(pipe)
-    denoiser.__class__ = type(bare.__name__, (bare,), {"__call__": end, "__module__": bare.__module__})
+    for module in called:
+        bare = own_class(module)
+        module.__class__ = type(bare.__name__, (bare,), {"__call__": end, "__module__": bare.__module__})
     pipe.set_progress_bar_config(**{**quiet, "disable": True})
     try:
         yield
     finally:
         pipe._progress_bar_config = quiet
-        pipe.__class__, denoiser.__class__ = worn
+        pipe.__class__ = worn[0]
+        for module, own in zip(called, worn[1], strict=True):
+            module.__class__ = own
         GLANCING.reset(token)
         if getattr(pipe, "_all_hooks", None):  # an offload waits for the call's end
             pipe.maybe_free_model_hooks()

@@ -32,6 +32,12 @@ class HunyuanDiTFamily(PatchedFamily):
     text_elsewhere = True
     shared: ClassVar[frozenset[str]] = frozenset({"image_rotary_emb"})
 
+    def without_probabilities(self) -> dict[str, str]:
+        """Attention that pools T5's states into one vector for the time embedding."""
+        return {
+            "transformer.time_extra_emb.pooler": "HunyuanDiT's pooler attends from the mean of the text to the text"
+        }
+
     def picture_size(self, arguments: Arguments) -> tuple[int, int]:
         """With `use_resolution_binning` one of ten sizes, whatever was asked for."""
         height, width = super().picture_size(arguments)

@@ -161,7 +161,8 @@ class FamilyCase:
 
     @contextmanager
     def copied(self) -> Iterator[torch.nn.Module]:
-        """Lend the pipeline a copy of its denoiser, which may be changed."""
+        """Lend the pipeline a copy of its denoiser, which may be changed; what the plain one gives is known before."""
+        self.plain(self.modes[0])
         root = self.family.root
         own = getattr(self.pipe, root)
         setattr(self.pipe, root, deepcopy(own))

@@ -8,7 +8,7 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 EXPECTED = {
-    "families": ["unet True", "probabilities: ok\nbranches: ok\nlayout: ok\nfused projections: the same", "['', 's', 'i', 't']"],
+    "families": ["unet True", "branches: ok\nlayout: ok\nfused projections: the same", "['', 's', 'i', 't']"],
     "attribution": [
         "1 nats (log-odds against the pixel's strongest other word) | 0 | 1 (share of the pixel's attention"
     ],
