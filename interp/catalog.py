@@ -1,21 +1,21 @@
 """The catalogue of sites: every place of a pipeline where a tensor can be read or written."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import Arguments, AttentionSite, Family, find_family
-from interp.observing import HookProbs, identities
+from interp.observing import HookProbs
 from interp.patterns import REGEX, matching
+from interp.structure import structure
 from interp.undressing import without_data
 
 ALIASES = {"pattern": "probs", "attn": "probs", "output": "out", "input": "in"}
-_DRY_RUNS: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
+_DRY_RUNS: dict[Hashable, Any] = {}
 QUANTITIES = ("in", "out", "q", "k", "v", "probs")
 
 
@@ -110,16 +110,13 @@ def dry_run(
     Shapes are those of one sample, without the row dimension; grids are (height, width). `arguments` are those of a
     pipeline call: its size decides.
     """
-    denoiser = family.denoiser
     arguments = family.arguments() if arguments is None else arguments
-    known = _DRY_RUNS.setdefault(denoiser, {})
-    shape = (*family.latent_shape(arguments), family.text_length(arguments))
-    key = (*shape, *identities(denoiser))
-    if key not in known:
-        if len(known) > 8:
-            known.clear()
-        known[key] = _dry_run(family, arguments)
-    shapes, grids = known[key]
+    key = structure(family, arguments)
+    if key not in _DRY_RUNS:
+        if len(_DRY_RUNS) > 64:
+            _DRY_RUNS.clear()
+        _DRY_RUNS[key] = _dry_run(family, arguments)
+    shapes, grids = _DRY_RUNS[key]
     missing = [s.name for s in attention_sites(family) if s.name not in grids]
     if missing:
         raise InterpError(f"{missing[0]!r} does not run in a plain forward pass, so its grid is unknown; leave it out")

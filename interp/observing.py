@@ -123,11 +123,6 @@ def place(site: str, module: torch.nn.Module) -> HookProbs:
     return point
 
 
-def identities(module: torch.nn.Module) -> tuple[int, ...]:
-    """Identify the modules within one, which LoRA and the like exchange; `hook_probs` comes and goes, and is left out."""
-    return tuple(id(m) for m in module.modules() if not isinstance(m, HookProbs))
-
-
 def _withdraw(point: HookProbs, module: torch.nn.Module, watch: Watch) -> None:
     point.watches.remove(watch)
     if point.watches:

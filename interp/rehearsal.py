@@ -1,27 +1,23 @@
 """One denoiser call on tensors without data, to learn the shapes that a recording will meet."""
 
-from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+from collections.abc import Hashable, Sequence
 
 import torch
 
 from interp.families import Arguments, Family
 from interp.hooks import At, HookRegistry
-from interp.observing import identities
+from interp.structure import structure
 from interp.undressing import without_data
 
-_KNOWN: WeakKeyDictionary[torch.nn.Module, dict[tuple, dict[str, tuple[int, ...] | None]]] = WeakKeyDictionary()
+_KNOWN: dict[Hashable, dict[str, tuple[int, ...] | None]] = {}
 
 
 def site_shapes(family: Family, sites: Sequence[str], arguments: Arguments) -> dict[str, tuple[int, ...]]:
     """Return one sample's shape at each site (`path:quantity`); sites that do not run in a plain call are left out."""
-    denoiser = family.denoiser
-    known = _KNOWN.setdefault(denoiser, {})
-    shape = (*family.latent_shape(arguments), family.text_length(arguments))
-    key = (*shape, *identities(denoiser))
-    if key not in known and len(known) > 8:
-        known.clear()
-    met = known.setdefault(key, {})
+    key = structure(family, arguments)
+    if key not in _KNOWN and len(_KNOWN) > 64:
+        _KNOWN.clear()
+    met = _KNOWN.setdefault(key, {})
     new = [site for site in sites if site not in met]
     if new:
         met |= {**dict.fromkeys(new), **_met(family, new, arguments)}
