@@ -55,18 +55,15 @@ class FluxFamily(PackedFamily):
 
     def dry_inputs(self, arguments: Arguments) -> DenoiserInputs:
         """One row."""
-        config, dtype, length = self.denoiser.config, self.denoiser.dtype, self.text_length(arguments)
-        y, x = self.grid(arguments)
-        kwargs = {
-            "hidden_states": torch.empty(1, y * x, config.in_channels, dtype=dtype),
-            "timestep": torch.ones(1, dtype=dtype),
+        config, kwargs = self.denoiser.config, self.packed_inputs(arguments)
+        states, patches = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+        more = {
             "guidance": torch.ones(1) if config.guidance_embeds else None,
-            "pooled_projections": torch.empty(1, config.pooled_projection_dim, dtype=dtype),
-            "encoder_hidden_states": torch.empty(1, length, config.joint_attention_dim, dtype=dtype),
-            "txt_ids": torch.zeros(length, 3, dtype=dtype),
-            "img_ids": torch.zeros(y * x, 3, dtype=dtype),
+            "pooled_projections": states.new_empty(1, config.pooled_projection_dim),
+            "txt_ids": states.new_zeros(states.shape[1], 3),
+            "img_ids": states.new_zeros(patches.shape[1], 3),
         }
-        return DenoiserInputs((), kwargs)
+        return DenoiserInputs((), {**kwargs, **more})
 
     def tokenize(self, prompt: str, arguments: Arguments | None = None) -> Tokens:
         """The attention sees T5's positions; of CLIP the model reads the pooled vector alone."""

@@ -73,17 +73,11 @@ class Flux2Family(PackedFamily):
 
     def dry_inputs(self, arguments: Arguments) -> DenoiserInputs:
         """One row."""
-        config, dtype, length = self.denoiser.config, self.denoiser.dtype, self.text_length(arguments)
-        y, x = self.grid(arguments)
-        kwargs = {
-            "hidden_states": torch.empty(1, y * x, config.in_channels, dtype=dtype),
-            "timestep": torch.ones(1, dtype=dtype),
-            "guidance": torch.ones(1) if config.guidance_embeds else None,
-            "encoder_hidden_states": torch.empty(1, length, config.joint_attention_dim, dtype=dtype),
-            "txt_ids": torch.zeros(1, length, 4, dtype=torch.int64),
-            "img_ids": torch.zeros(1, y * x, 4, dtype=torch.int64),
-        }
-        return DenoiserInputs((), kwargs)
+        kwargs = self.packed_inputs(arguments)
+        positions = {"txt_ids": kwargs["encoder_hidden_states"], "img_ids": kwargs["hidden_states"]}
+        more = {name: torch.zeros(1, held.shape[1], 4, dtype=torch.int64) for name, held in positions.items()}
+        guidance = torch.ones(1) if self.denoiser.config.guidance_embeds else None
+        return DenoiserInputs((), {**kwargs, **more, "guidance": guidance})
 
     def _render(self, prompt: str) -> str:
         if self._klein:

@@ -84,6 +84,17 @@ class PackedFamily(Family):
         """Of the noise levels, by the number of patches."""
         return level_shift(self.pipe.scheduler.config, self.grid(arguments))
 
+    def packed_inputs(self, arguments: Arguments) -> dict[str, Any]:
+        """Of a denoiser call with one row, what all of them are given: patches, time, and text states."""
+        config, dtype, (y, x) = self.denoiser.config, self.denoiser.dtype, self.grid(arguments)
+        return {
+            "hidden_states": torch.empty(1, y * x, config.in_channels, dtype=dtype),
+            "timestep": torch.ones(1, dtype=dtype),
+            "encoder_hidden_states": torch.empty(
+                1, self.text_length(arguments), config.joint_attention_dim, dtype=dtype
+            ),
+        }
+
     def blank_output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """As many positions as the latents have."""
         hidden = kwargs["hidden_states"]

@@ -70,16 +70,9 @@ class QwenImageFamily(PackedFamily):
 
     def dry_inputs(self, arguments: Arguments) -> DenoiserInputs:
         """One row, with as many tokens as it may have."""
-        config, dtype, length = self.denoiser.config, self.denoiser.dtype, self.text_length(arguments)
-        y, x = self.grid(arguments)
-        kwargs = {
-            "hidden_states": torch.empty(1, y * x, config.in_channels, dtype=dtype),
-            "timestep": torch.ones(1, dtype=dtype),
-            "encoder_hidden_states": torch.empty(1, length, config.joint_attention_dim, dtype=dtype),
-            "encoder_hidden_states_mask": None,
-            "img_shapes": [[(1, y, x)]],
-        }
-        return DenoiserInputs((), kwargs)
+        shapes = [[(1, *self.grid(arguments))]]
+        more = {"encoder_hidden_states_mask": None, "img_shapes": shapes}
+        return DenoiserInputs((), {**self.packed_inputs(arguments), **more})
 
     def tokenize(self, prompt: str, arguments: Arguments | None = None) -> Tokens:
         """The prompt within the template, of which the states of the first tokens are dropped."""
