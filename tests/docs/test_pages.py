@@ -76,5 +76,3 @@ def test_glossary_has_every_dimension_of_the_format() -> None:
     words = (DOCS / "glossary.md").read_text(encoding="utf-8")
     for dim in {d for row in TABLE for d in row.dims} & {"sample", "step", "branch", "layer", "token"}:
         assert f"| {dim}" in words or f", {dim}" in words
-
-
