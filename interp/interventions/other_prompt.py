@@ -105,13 +105,13 @@ class ReplaceEOS(OtherPrompt):
 
     def check_model(self, family: Family, prompts: Prompts, arguments: Arguments) -> None:
         """There must be an end-of-text token."""
-        super().check_model(family, prompts, arguments)
         tokens = prompts[0][0]
         if self.pooled != "only" and "eos" not in tokens.role:
             raise InterpError(
                 f"{self!r}: the text of {type(family.pipe).__name__} has no end-of-text token; its tokens are "
                 f"{sentence_list(dict.fromkeys(tokens.role))}"
             )
+        super().check_model(family, prompts, arguments)
 
     def take(self, mine: Tokens, other: Tokens) -> dict[int, int]:
         """A's positions after its last word, from B's run of EOS."""
