@@ -35,6 +35,14 @@ def test_the_commands_of_the_page_exist() -> None:
         assert {w for w in words if w.startswith("--")} <= options, line
 
 
+def test_the_notebook_is_committed_as_it_was_executed() -> None:
+    notebook = json.loads((ROOT / "examples" / "what_carries_the_prompt.ipynb").read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert all(cell["outputs"] for cell in code)
+    assert "256 pairs" in "".join(code[0]["outputs"][0]["text"])
+
+
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     some = {"value": 0.1, "low": -0.1, "high": 0.2}
