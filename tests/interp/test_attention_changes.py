@@ -347,12 +347,12 @@ def test_a_stored_source_is_a_live_one(name, tmp_path):
         attention="all", heads="all", tokens="all", branches=("cond", "uncond"), dtype="float32", image=False
     )
     stored = traced(name, [], [A, B], capture, store=tmp_path / "run.zarr")
+    own = [interp.InjectAttention(str(tmp_path / "run.zarr"), part=part) for part in ("cross", "self")]
+    assert equal(traced(name, own, [A, B]), stored)  # its own, from the run: nothing changes
     for part in ("cross", "self"):
         live = traced(name, [interp.InjectAttention("batch", row=0, part=part)], [A, B])
         kept = traced(name, [interp.InjectAttention(stored, row=0, part=part)], [A, B])
         assert np.array_equal(kept.final_latents.values[1], live.final_latents.values[1])
-        own = traced(name, [interp.InjectAttention(str(tmp_path / "run.zarr"), part=part)], [A, B])
-        assert equal(own, traced(name, [], [A, B]))  # its own, from the run: nothing changes
 
 
 # Identities, order, windows -------------------------------------------------------------------------------------------

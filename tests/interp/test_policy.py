@@ -265,9 +265,9 @@ def test_what_the_plan_says_of_passes():
         return interp.plan(tiny("sd1"), A, seeds=SEEDS, steps=STEPS, guidance_scale=SCALE, capture=BARE,
                            interventions=changes)  # fmt: skip
 
-    assert planned(interp.AdaptiveGuidance()).forward_passes == 20
-    assert ": at most 20 forward passes" in str(planned(interp.AdaptiveGuidance()))
-    assert ": 20 forward passes" in str(planned())
+    adaptive = planned(interp.AdaptiveGuidance())
+    assert adaptive.forward_passes == planned().forward_passes == 20
+    assert ": at most 20 forward passes" in str(adaptive)
     with scheduler_of(tiny("sd1"), HeunDiscreteScheduler.from_config(tiny("sd1").scheduler.config)):
         assert planned().forward_passes == 2 * 2 * 9
         late = interp.RemoveText(start=0.8)
