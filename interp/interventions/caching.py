@@ -52,8 +52,9 @@ class CacheCrossAttention(Intervention):
     itself also drops a branch: `[CacheCrossAttention(start=0.4), RemoveText(start=0.4)]`; where the text enters through
     cross-attention alone (Stable Diffusion 1, PixArt), `RemoveGuidance` is the same to the last bit.
 
-    In the run, attention that did not run is NaN. Other text that is read in these steps has no effect on these layers,
-    and changes of what is inside them, or of their output, are refused.
+    In the run, attention that did not run is NaN. Several windows are several caches, with a step between them. Other text
+    that is read in these steps has no effect on these layers, and is refused where nothing else would read it; so are
+    changes of what is inside them, or of their output.
 
     >>> CacheCrossAttention(start=0.4)
     CacheCrossAttention(start=0.4)
