@@ -39,7 +39,10 @@ class OtherPrompt(TextChange):
                     f"{self!r}: the other prompt has {len(other.ids)} text positions and this one {len(mine.ids)}; with "
                     f"{type(family.pipe).__name__} both must have the same number of tokens"
                 )
-            exchanged = exchanged or family.ragged or max(self._source(family, mine, other, arguments)) >= 0
+            known = not (
+                family.ragged or family.fallback
+            )  # else room is made for them, or nothing is known of the text
+            exchanged = exchanged or not known or max(self._source(family, mine, other, arguments), default=-1) >= 0
         if not exchanged and self.pooled != "only":
             raise InterpError(f"{self!r} would change nothing: it leaves no position of any prompt to be exchanged")
 
