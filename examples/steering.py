@@ -3,7 +3,7 @@
 The vectors come from three shapes and steer three others. At the middle block alone no strength turns red into blue, at the
 output of all cross-attention layers it does; the same vectors with their channels shuffled are the control.
 
-python examples/steering.py [steps, default 4]
+python examples/steering.py [steps, default 2; 10 show it]
 """
 
 import sys
@@ -15,7 +15,7 @@ import interp
 from interp.interventions import steering_vector
 
 if __name__ == "__main__":
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 4
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 2
     pipe = interp.load("scenes")
     layers = [site.name.replace(":probs", ":out") for site in interp.sites(pipe, "*attn2:probs")]
     middle = "unet.mid_block:out"
