@@ -268,7 +268,7 @@ def test_a_rounded_mantissa_is_the_nearest_number_of_so_many_bits(tmp_path, dtyp
         writer.begin(0)
         writer.put(0, "attention/8x8/probs", values)
         writer.commit(0)
-    stored = writer.run.attention("8x8").values[0]
+    stored = writer.run.tree["attention/8x8/probs"].values[0]  # as it is in the store; shortcuts show single precision
     assert stored.dtype == dtype
     np.testing.assert_array_equal(stored[0, 0, 0, 0, 0, 0, :3], [np.nan, np.inf, 0])
     finite = np.isfinite(values) & (values > 0)
