@@ -13,9 +13,9 @@ SYNCS = 8
 """How many files are made durable at a time."""
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's bytes durable, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -25,7 +25,7 @@ def sync_folder(folder: Path) -> None:
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents; each new name is durable."""
     for changed in _missing_made(folder):
-        sync_folder(changed)
+        sync(changed)
 
 
 def _missing_made(folder: Path) -> list[Path]:
@@ -70,26 +70,17 @@ def publish(files: Sequence[tuple[Path, Path]]) -> None:
     those without a name are deleted.
     """
     try:
-        each([partial for partial, _ in files], sync_file)
+        each([partial for partial, _ in files], sync)
         changed: dict[Path, None] = {}
         for partial, target in files:
             changed |= dict.fromkeys(_missing_made(target.parent))
             partial.replace(target)
             changed[target.parent] = None
-        each(list(changed), sync_folder)
+        each(list(changed), sync)
     except OSError:
         for partial, _ in files:
             partial.unlink(missing_ok=True)
         raise
-
-
-def sync_file(path: Path) -> None:
-    """Make a file's bytes durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def each(paths: Sequence[Path], do: Callable[[Path], None]) -> None:

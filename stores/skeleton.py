@@ -15,7 +15,7 @@ import numpy as np
 from interp.stores.chunks import Placement, array_metadata, batch_rows, place, table_placement
 from interp.stores.codec import decode, encode, padded
 from interp.stores.errors import StoreError
-from interp.stores.files import each, make_folder, plain, sync_file, sync_folder
+from interp.stores.files import each, make_folder, plain, sync
 from interp.stores.schema import Array, Layout
 from interp.stores.table import FORMAT, find_variable, node_rows
 
@@ -121,7 +121,7 @@ def build(path: Path, layout: Layout) -> bool:
         if path.exists() and any(path.iterdir()):
             return False
         raise StoreError(f"a run could not be created at {path}: {error}") from error
-    sync_folder(path.parent)
+    sync(path.parent)
     return True
 
 
@@ -155,8 +155,8 @@ def chunk_file(folder: Path, first: int, ndim: int) -> Path:
 
 def _sync_all(folder: Path) -> None:
     everything = [folder, *folder.rglob("*")]
-    each([p for p in everything if p.is_file()], sync_file)
-    each([p for p in everything if p.is_dir()], sync_folder)
+    each([p for p in everything if p.is_file()], sync)
+    each([p for p in everything if p.is_dir()], sync)
 
 
 def _forget_dead(path: Path) -> None:
