@@ -54,9 +54,7 @@ class AtSite(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tokens", "channels"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else frozen(value))
+        self.as_tuples("tokens", "channels")
         if self.region is not None:
             object.__setattr__(self, "region", frozen(self.region))
             check_region(self.region, type(self).__name__)

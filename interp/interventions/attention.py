@@ -10,7 +10,7 @@ from interp.catalog import attention_sites
 from interp.errors import InterpError, nearest, sentence_list
 from interp.families import PARTS, AttentionSite, Family
 from interp.hooks import At, HookRegistry
-from interp.interventions.base import Batch, Intervention, frozen
+from interp.interventions.base import Batch, Intervention
 from interp.interventions.claims import claim
 from interp.interventions.layers import chosen_layers
 from interp.interventions.places import BRANCHES
@@ -35,9 +35,7 @@ class AttentionChange(_Where):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("layers", "heads"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else frozen(value))
+        self.as_tuples("layers", "heads")
         if self.branch not in BRANCHES:
             raise InterpError(f"{self!r}: branch is {sentence_list(BRANCHES)}{nearest(str(self.branch), BRANCHES)}")
         if not all(isinstance(h, int) and not isinstance(h, bool) for h in self.heads or ()):

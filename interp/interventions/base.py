@@ -71,6 +71,12 @@ class Intervention:
         if len(bounds) == 2 and falls and bounds[0] < bounds[1]:
             raise InterpError(f"{self!r}: {self.unit} falls during sampling, so start must be larger than stop")
 
+    def as_tuples(self, *names: str) -> None:
+        """Let fields that hold several values take one alone, or a list; for `__post_init__`."""
+        for name in names:
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else frozen(value))
+
     def __repr__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join(changed)})"

@@ -13,7 +13,7 @@ from interp.clock import Timeline
 from interp.errors import InterpError, nearest
 from interp.families import Family
 from interp.hooks import At, DenoiserCall, HookRegistry
-from interp.interventions.base import Batch, Intervention, frozen
+from interp.interventions.base import Batch, Intervention
 from interp.interventions.claims import claim
 from interp.interventions.layers import chosen_cross_layers
 from interp.interventions.text import TextChange, dry_text
@@ -67,7 +67,7 @@ class CacheCrossAttention(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "layers", (self.layers,) if isinstance(self.layers, str) else frozen(self.layers))
+        self.as_tuples("layers")
         if self.value not in ("mean", "own"):
             raise InterpError(f"{self!r}: value is 'mean' or 'own'{nearest(str(self.value), ['mean', 'own'])}")
 

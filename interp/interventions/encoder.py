@@ -39,7 +39,7 @@ class EncoderLayer(TextChange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.as_tuple("encoders")
+        self.as_tuples("encoders")
         if not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 0:
             raise InterpError(f"{self!r}: layer is how many layers of the text encoder work, a whole number from 0")
 

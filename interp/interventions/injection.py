@@ -14,7 +14,7 @@ from interp.families import AttentionSite, Family
 from interp.hooks import At, HookRegistry
 from interp.interventions.aligning import Alignment, align
 from interp.interventions.attention import AttentionChange, normalised
-from interp.interventions.base import Batch, Intervention, frozen, is_number
+from interp.interventions.base import Batch, Intervention, is_number
 from interp.interventions.places import BRANCHES, present
 from interp.interventions.sources import BATCH, Choice, Sourced, kept_source, opened
 from interp.interventions.text import positions
@@ -68,7 +68,7 @@ class InjectAttention(Sourced, AttentionChange):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "source", kept_source(self.source, type(self).__name__))
-        object.__setattr__(self, "words", (self.words,) if isinstance(self.words, str) else frozen(self.words))
+        self.as_tuples("words")
         for field, known in (("part", ("cross", "self")), ("mode", ("auto", "replace", "refine"))):
             value = getattr(self, field)
             if value not in known:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from interp.errors import InterpError, nearest
 from interp.families import Arguments, AttentionSite, EncodedPrompt, Family
 from interp.hooks import At, DenoiserCall, HookRegistry
-from interp.interventions.base import Batch, Intervention, frozen
+from interp.interventions.base import Batch, Intervention
 from interp.interventions.claims import claim
 from interp.interventions.layers import chosen_cross_layers
 from interp.tokens import Tokens
@@ -51,7 +51,7 @@ class TextChange(Intervention):
         super().__post_init__()
         self.one_of("side", ("kv", "k", "v"))
         self.one_of("pooled", ("replace", "keep", "only"))
-        self.as_tuple("layers")
+        self.as_tuples("layers")
         if self.pooled == "only" and self.layered:
             raise InterpError(f"{self!r}: pooled='only' leaves the tokens alone, so it has no side and no layers")
 
@@ -61,11 +61,6 @@ class TextChange(Intervention):
         if value not in words:
             choice = f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
             raise InterpError(f"{self!r}: {field} is {choice}{nearest(str(value), words)}")
-
-    def as_tuple(self, field: str) -> None:
-        """Let a field that holds several take one alone."""
-        value = getattr(self, field)
-        object.__setattr__(self, field, (value,) if isinstance(value, (str, int)) else frozen(value))
 
     def exchange(self, family: Family, batch: Batch) -> Exchange:
         """Return where the new states come from, for a batch."""

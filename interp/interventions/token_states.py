@@ -70,7 +70,7 @@ class ReplaceTokens(TextChange):
         if self.value is None:
             object.__setattr__(self, "value", "zero" if self.prompt is None else "prompt")
         for several in ("roles", "words", "indices"):
-            self.as_tuple(several)
+            self.as_tuples(several)
         super().__post_init__()
         self.one_of("value", VALUES)
         check_count(self, 0, self.count)

@@ -11,7 +11,7 @@ from interp.errors import InterpError, nearest, sentence_list
 from interp.families import AttentionSite, Family
 from interp.hooks import At, HookRegistry
 from interp.interventions.attention import AttentionChange, normalised
-from interp.interventions.base import Batch, frozen, is_number
+from interp.interventions.base import Batch, is_number
 from interp.interventions.claims import token_claims
 from interp.interventions.places import BRANCHES, present
 from interp.interventions.text import Prompts
@@ -33,9 +33,7 @@ class _OfTokens(AttentionChange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("words", "roles", "indices"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else frozen(value))
+        self.as_tuples("words", "roles", "indices")
         wrong = [r for r in self.roles if r not in ROLES]
         if wrong:
             raise InterpError(f"{self!r}: a role is {sentence_list(ROLES)}, not {wrong[0]!r}{nearest(wrong[0], ROLES)}")
