@@ -10,7 +10,8 @@ run = synthetic_run(samples=4)      # a run to try things on, without a model
 from interp.stores.create import create_run
 from interp.stores.errors import InterpError, StoreError
 from interp.stores.integrity import verify
-from interp.stores.reader import Run, open_run
+from interp.stores.opening import open_run
+from interp.stores.reader import Run
 from interp.stores.schema import (
     Array,
     Group,

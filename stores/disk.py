@@ -105,7 +105,7 @@ class DiskWriter(RunWriter):
     @property
     def run(self) -> "Run":
         """The run as it is on disk now, once everything handed over is durable."""
-        from interp.stores.reader import open_run
+        from interp.stores.opening import open_run
 
         if not self._closed:
             self.drain()

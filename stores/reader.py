@@ -1,7 +1,5 @@
-"""Read a run: `open_run`, and `Run`, an `xr.DataTree` with labelled shortcuts."""
+"""A run that is read: `Run`, an `xr.DataTree` with labelled shortcuts."""
 
-import contextlib
-import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from importlib import import_module
@@ -15,8 +13,6 @@ import xarray as xr
 from interp.stores.added import add_group
 from interp.stores.describe import describe
 from interp.stores.errors import StoreError, nearest
-from interp.stores.identity import check_format, identify
-from interp.stores.integrity import broken_tables
 from interp.stores.schema import Group
 from interp.stores.scores import write_scores
 from interp.stores.select import positions, unstack
@@ -33,45 +29,6 @@ _CAPTURED_BY = {
     "final_latents": "Capture(latents=True)",
     "score": None,
 }
-
-
-def open_run(path: str | os.PathLike[str]) -> "Run":
-    """Open the run at `path` without loading its data: a folder, a .zip file of one, or an address (`s3://…`).
-
-    Addresses need the extra `[s3]`; credentials and endpoint come from the usual `AWS_…` variables.
-
-    Raises StoreError if nothing is there, if it is not a run, or if a newer version of the format wrote it.
-
-    >>> run = open_run("run.zarr")                    # doctest: +SKIP
-    >>> run.attention("32x32").isel(sample=0).load()  # doctest: +SKIP
-    """
-    advice = "give the folder that trace(store=...) wrote"
-    if not isinstance(path, str | os.PathLike):
-        raise StoreError(f"a run was asked for by {path!r}, which is no path; {advice}")
-    text = os.fspath(path)
-    elsewhere = is_elsewhere(text) and not Path(text).is_dir()
-    if elsewhere:
-        from interp.stores.places import zarr_store
-
-        source: Any = zarr_store(text)
-    else:
-        identify(Path(text), advice)
-        source = text
-    try:
-        tree = xr.open_datatree(source, engine="zarr", chunks=None, consolidated=True)
-    except Exception as error:  # whatever xarray and zarr make of damaged metadata or coordinates
-        found = ""
-        if not elsewhere:
-            with contextlib.suppress(Exception):  # nor may the search for what is wrong fail
-                found = "; ".join(broken_tables(Path(text))[:3])
-        raise StoreError(f"{text} could not be opened as a run: {found or error}; {advice}") from error
-    check_format(text, str(tree.attrs.get("format", "unknown")))
-    return Run(tree, text if elsewhere else Path(text))
-
-
-def is_elsewhere(text: str) -> bool:
-    """Whether `text` names something else than a folder."""
-    return "://" in text or text.endswith(".zip")
 
 
 class Run:
@@ -260,6 +217,8 @@ class Run:
         """Return the run of the same samples with what has been written since it was opened."""
         if self.path is None:
             return self
+        from interp.stores.opening import open_run
+
         run = open_run(self.path)
         return run if self._rows is None else run.isel(self._rows)
 

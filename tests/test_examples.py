@@ -10,6 +10,8 @@ import pytest
 import interp
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+SMALL = {"layer_sweep": ["1"], "causal_tracing": ["1"], "prompt_to_prompt": ["1", "4"], "spare_passes": ["2", "2"]}
+"""Numbers of prompts (and steps) where the defaults take long; the scripts' first lines say what they are."""
 
 
 def test_there_is_one_for_each_use() -> None:
@@ -25,7 +27,7 @@ def test_example_runs(
 ) -> None:
     """In this process: importing torch anew for each script would take longer than the scripts."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setattr(sys, "argv", [str(script), *SMALL.get(script.stem, [])])
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out.strip()
 

@@ -1,7 +1,7 @@
 """All experiments of the paper, in its order."""
 
 from interp.errors import InterpError, nearest
-from interp.reproduction import absence, attention, exchange, replaced, trajectory
+from interp.reproduction import absence, attention, exchange, replaced, sides, trajectory
 from interp.reproduction.experiment import Experiment
 from interp.reproduction.runs import Conditions
 from interp.reproduction.settings import Settings
@@ -19,6 +19,7 @@ OUT_OF_REACH = Experiment(
 EXPERIMENTS: list[Experiment] = sorted(
     [
         *attention.EXPERIMENTS, *trajectory.EXPERIMENTS, *exchange.EXPERIMENTS, *absence.EXPERIMENTS, *replaced.EXPERIMENTS,
+        *sides.EXPERIMENTS,
         OUT_OF_REACH,
     ],
     key=lambda e: int(e.key[1:]),
