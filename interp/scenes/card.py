@@ -1,14 +1,12 @@
 """Put the measured tables into the model card: `python -m interp.scenes.card`, after `quality --out quality.json`."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from interp.scenes import folder
+from interp.scenes.marked import filled
 from interp.scenes.quality import markdown
-
-MARK = re.compile(r"<!-- measured: (.+?) -->\n.*?<!-- end -->\n", re.S)
 
 
 def with_tables(card: str, measured: dict[str, Any]) -> str:
@@ -28,7 +26,7 @@ def with_tables(card: str, measured: dict[str, Any]) -> str:
             f"n = {about['n']} pictures of each kind, {about['steps']} DDIM steps, guidance {about['guidance']:g}, "
             f"{about['device']}; where a table says nothing else.\n"
         )
-    return MARK.sub(lambda m: f"<!-- measured: {m[1]} -->\n{told[m[1]]}<!-- end -->\n", card)
+    return filled(card, told)
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 
 `python -m interp.scenes.variants --out variants --seconds 420` trains text encoder and UNet of every variant, side by
 side on one GPU, each phase boxed by time; then exchanges EOS between prompts and asks the attribute judge, which shares
-no weights with any of them. Results are one JSON file. The same command again goes on where it stopped. The autoencoder
-and the judge are those that ship.
+no weights with any of them. Results are one JSON file, which keeps what it has of other variants. The same command again
+goes on where it stopped. The autoencoder and the judge are those that ship. `--merge FILE --json docs/variants.json --page
+docs/reproduce.md` trains nothing: it adds the results of FILE and writes the table into the page.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from interp.probes.bootstrap import mean_interval
 from interp.scenes import DEFAULT_GUIDANCE, folder
 from interp.scenes.captions import pairs
 from interp.scenes.grammar import agreement_of, parse
+from interp.scenes.marked import fill, shown
 from interp.scenes.pack import pack
 from interp.scenes.parts import FULL, SMOKE
 from interp.scenes.quality import Bench
@@ -64,7 +66,14 @@ def main(given: list[str] | None = None) -> None:
         raise SystemExit(f"no variant {', '.join(sorted(unknown))}; the variants are {', '.join(VARIANTS)}")
     if asked.alone is not None:
         one(asked.alone, asked)
-        return
+    elif asked.merge is not None:
+        publish(json.loads(asked.merge.read_text(encoding="utf-8"))["variants"], asked)
+    else:
+        train(asked)
+
+
+def train(asked: argparse.Namespace) -> None:
+    """Train and measure variants side by side; SystemExit if one of them did not end."""
     out: Path = asked.out
     _share_parts(out, asked.smoke, asked.device)
     names = asked.variants or list(VARIANTS)
@@ -73,12 +82,37 @@ def main(given: list[str] | None = None) -> None:
     command = [sys.executable, "-m", "interp.scenes.variants", *options]
     started = [subprocess.Popen([*command, f"--alone={name}"]) for name in names]
     codes = [process.wait() for process in started]
-    found = {name: json.loads(path.read_text()) for name in VARIANTS if (path := out / name / "result.json").exists()}
-    target = asked.json or out / "variants.json"
-    target.write_text(json.dumps({"settings": _settings(asked), "variants": found}, indent=1) + "\n")
+    publish({n: json.loads(path.read_text()) for n in VARIANTS if (path := out / n / "result.json").exists()}, asked)
     failed = [name for name, code in zip(names, codes, strict=True) if code]
     if failed:
         raise SystemExit(f"{', '.join(failed)} did not end; the same command goes on with them")
+
+
+def publish(found: dict[str, Any], asked: argparse.Namespace) -> None:
+    """Add results to the JSON file, and write the table of all that it then has into the page, if one is given."""
+    target = asked.json or asked.out / "variants.json"
+    every = json.loads(target.read_text(encoding="utf-8"))["variants"] if target.exists() else {}
+    every |= found
+    ordered = {name: every[name] for name in sorted(every, key=[*VARIANTS, *every].index)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({"variants": ordered}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    sys.stdout.write(table(ordered) + "\n")
+    if asked.page is not None:
+        fill(asked.page, {"variants": table(ordered)})
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the results as Markdown, one row a variant, numbers with their intervals."""
+    lines = [
+        "| variant | UNet steps | A alone: shows A | words of A, EOS of B: shows A | shows B | B − A | n, device, seconds |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, v in found.items():
+        swapped, about = v["words of A, EOS of B"], v["settings"]
+        cells = [shown(e) for e in (v["whole"]["with A"], *(swapped[k] for k in ("with A", "with B", "B − A")))]
+        how = f"{v['n']}, {about['device']}, {about['seconds']:g}"
+        lines.append(f"| {name}: {v['text']} | {v['unet']['steps']:,} | {' | '.join(cells)} | {how} |")
+    return "\n".join(lines)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -86,7 +120,11 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m interp.scenes.variants", description=__doc__)
     parser.add_argument("variants", nargs="*", help=f"which; all: {' '.join(VARIANTS)}")
     parser.add_argument("--out", type=Path, default=Path("variants"), help="where checkpoints and models go")
-    parser.add_argument("--json", type=Path, help="where the results go; default: variants.json in the folder")
+    parser.add_argument(
+        "--json", type=Path, help="file that the results are added to; default: variants.json in the folder"
+    )
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="train nothing: add the results of this file")
+    parser.add_argument("--page", type=Path, help="page, such as docs/reproduce.md, to write the table into")
     parser.add_argument("--seconds", type=float, default=420.0, help="time for everything")
     parser.add_argument("--n", type=int, default=256, help="pairs of prompts")
     parser.add_argument("--seed", type=int, default=0)
@@ -100,7 +138,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def _settings(asked: Any) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if asked.device == "cuda" else "CPU"
-    return {"seconds": asked.seconds, "n": asked.n, "seed": asked.seed, "device": name, "share": SHARE}
+    return {"seconds": asked.seconds, "seed": asked.seed, "device": name, "share": SHARE}
 
 
 def _share_parts(out: Path, smoke: bool, device: str) -> None:
@@ -120,9 +158,10 @@ def one(name: str, asked: Any) -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     chosen, out = VARIANTS[name], asked.out / name
-    size = SMOKE if asked.smoke else replace(FULL, text_width=chosen.width)
-    sizes = replace(size, text_layers=chosen.layers, pooling=chosen.pooling)
-    about: dict[str, Any] = {"text": chosen.text}
+    size = SMOKE if asked.smoke else FULL
+    width = size.text_width * chosen.width // FULL.text_width
+    sizes = replace(size, text_layers=chosen.layers, text_width=width, pooling=chosen.pooling)
+    about: dict[str, Any] = {"text": chosen.text, "settings": _settings(asked)}
     for phase in SHARE:
         recipe = {**RECIPE[phase], **({"steps": 2, "batch": 8} if asked.smoke else {})}
         plan = Plan(

@@ -1,5 +1,7 @@
 """Measuring maps against masks: the measures by other formulas, and that what is measured is what the probe gives."""
 
+import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +9,13 @@ import pytest
 import torch
 
 import interp
+from interp.errors import InterpError
 from interp.probes.rivals import log_odds
 from interp.scenes.attribution.__main__ import main
 from interp.scenes.attribution.pictures import recorded
 from interp.scenes.attribution.recipes import AGAINST, AVERAGES, DAAM, EVERY, SPREAD, Recipe, maps_of, strongest
 from interp.scenes.attribution.scores import CROSS, GEOMETRIC, MEAN_CROSS, WITH_SELF, Scores, choose, everything
+from interp.scenes.marked import MARK
 from interp.scenes.masks import THRESHOLDS, average_precision, intersection_over_union, pointing
 from interp.scenes.world import draw
 
@@ -169,27 +173,32 @@ def test_the_choosing_half_chooses(picture):
 
 
 def test_the_program_writes_its_tables(tmp_path):
+    """As a page and as numbers, every mean inside its interval; what was measured once fills another page."""
     main(["--n", "4", "--levels", "100", "--out", str(tmp_path / "tables.md")])
-    text = (tmp_path / "tables.md").read_text()
-    assert "2 pictures chose, 2 with" in text
-    for line in (
-        "| DAAM: mean of all |",
-        "| best head, log-odds (",
-        "| heads weighted by the choosing half, mean |",
-        "| chosen, self-attention allowed, noise levels up to 300 |",
-        "| 9 `up_blocks.0.attentions.1` |",
-    ):
-        assert line in text, line
+    text, found = (tmp_path / "tables.md").read_text(), json.loads((tmp_path / "tables.json").read_text())
+    assert "2 pictures chose, 2 with" in text and "n = 4, seed 0" in text
+    assert set(MARK.findall(text)) == {"settings", "summary", *found["tables"]}
+    rows = {name: {row[0]: row[1:] for row in table["rows"]} for name, table in found["tables"].items()}
+    assert {
+        "DAAM: mean of all", "heads weighted by the choosing half, mean",
+        "chosen, self-attention allowed, noise levels up to 300",
+    } < set(rows["recipes"])  # fmt: skip
+    assert rows["kinds"].keys() == rows["recipes"].keys()
+    cells = [cell for table in rows.values() for row in table.values() for cell in row if not isinstance(cell, str)]
+    told = [c for c in cells if c["low"] is not None]
+    assert len(told) > 400 and all(0 <= c["low"] <= c["value"] <= c["high"] <= 1 for c in told)
+    alone = {id(row[3]) for row in rows["recipes"].values()}  # own object, where a single picture has two
+    assert all(id(c) in alone for c in cells if c["low"] is None)
     for measure in ("average precision", "pointing", "mIoU"):
-        assert text.count(f"| log-odds, {measure} | 100 | all |") == 1
-    numbers = [
-        float(cell)
-        for line in text.splitlines()
-        if line.startswith(("| 0 ", "| all "))
-        for cell in line.split("|")[2:-1]
-        if cell.strip()
-    ]
-    assert len(numbers) == 6 * (2 + 1) + 3 * 4 and all(0 <= n <= 1 for n in numbers)
+        assert len(rows[f"levels, log-odds, {measure}"]) == 10 + 1 and len(rows[f"heads, {measure}"]) == 10
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n<!-- measured: heads, mIoU -->\nold\n<!-- end -->\nAfter.\n")
+    with pytest.raises(InterpError, match="no place '<!-- measured: settings -->'; it has heads, mIoU"):
+        main(["--measured", str(tmp_path / "tables.json"), "--page", str(page)])
+    page.write_text(re.sub(r"(?s)(measured: [^>]* -->\n).*?(<!-- end)", r"\1\2", text))
+    assert page.read_text() != text
+    main(["--measured", str(tmp_path / "tables.json"), "--page", str(page)])
+    assert page.read_text() == text
 
 
 def test_scores_of_perfect_maps_are_one(picture):

@@ -77,3 +77,11 @@ def test_a_variant_is_trained_measured_and_goes_on(tmp_path):
     assert json.loads((tmp_path / "words" / "result.json").read_text()) == first
     with pytest.raises(SystemExit, match="no variant deep"):
         variants.main(["deep", "--device", "cpu"])
+    file, page = tmp_path / "docs.json", tmp_path / "page.md"  # what others found stays, and all of it is in the page
+    file.write_text(json.dumps({"variants": {"wide": {**first, "text": "wider"}}}))
+    (tmp_path / "new.json").write_text(json.dumps({"variants": {"words": first}}))
+    page.write_text("<!-- measured: variants -->\n<!-- end -->\n")
+    variants.main(["--merge", str(tmp_path / "new.json"), "--json", str(file), "--page", str(page)])
+    assert json.loads(file.read_text())["variants"] == {"words": first, "wide": {**first, "text": "wider"}}
+    value = first["whole"]["with A"]["value"]
+    assert page.read_text().count(f"| {value:.3f} [") >= 2 and "| wide: wider | 2 |" in page.read_text()

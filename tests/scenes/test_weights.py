@@ -90,7 +90,8 @@ def test_errors_say_what_to_do():
 def test_card_is_of_these_weights():
     from pathlib import Path
 
-    from interp.scenes.card import MARK, with_tables
+    from interp.scenes.card import with_tables
+    from interp.scenes.marked import MARK
     from interp.scenes.pack import hashes
     from interp.scenes.quality import MEASURES
 

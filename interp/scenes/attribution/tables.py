@@ -1,7 +1,7 @@
-"""The tables of the program, as Markdown: all figures but "choosing half" are of the reporting half."""
+"""The tables of the program: means with 95 % intervals over pictures, of the reporting half but for "choosing half"."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from interp.probes.bootstrap import mean_interval
 from interp.scenes.attribution.pictures import KINDS
 from interp.scenes.attribution.recipes import AGAINST, AVERAGES, DAAM, SPREAD, Recipe
 from interp.scenes.attribution.scores import CROSS, GEOMETRIC, WAYS, WITH_SELF, Choice, Part, Scores, Whole
+from interp.scenes.marked import Cell, shown
 from interp.scenes.masks import THRESHOLDS
 
 MEASURES = ("average precision", "pointing", "mIoU")
@@ -22,6 +23,18 @@ FIXED = {
 }
 
 
+class Table(NamedTuple):
+    """Columns, the first of which names the rows, and rows of cells."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
+
+    def markdown(self) -> str:
+        """Return it as Markdown."""
+        lines = [f"| {' | '.join(self.columns)} |", "|---|" + "---:|" * (len(self.columns) - 1)]
+        return "\n".join([*lines, *(f"| {' | '.join(map(shown, row))} |" for row in self.rows)])
+
+
 class Report:
     """What the two halves of the pictures say."""
 
@@ -30,14 +43,20 @@ class Report:
     ) -> None:
         self.first, self.second, self.choice, self.layers, self.levels = first, second, choice, layers, levels
         self.units = np.array(second.picture)
-        self.widest = 0.0  # half of the widest interval among figures that are shown without theirs
+        self.rows = [f"{k} `{name}`" for k, name in enumerate(layers)]
 
-    def text(self) -> str:
-        """Return everything, and how wide the intervals are that the tables leave out."""
-        grids = [self.levels_table(way, measure) for way in WAYS for measure in range(len(MEASURES))]
-        heads = [self.heads_table(measure) for measure in range(len(MEASURES))]
-        tables = [self.main(), self.factors(), self.spreads(), *grids, *heads]
-        return "\n\n".join([f"{self.summary()}\n- figures without brackets: ± {self.widest:.3f} or less", *tables])
+    def tables(self) -> dict[str, Table]:
+        """Return every table by its name."""
+        found = {
+            "recipes": self.recipes(),
+            "kinds": self.kinds(),
+            "averages": self.averages(),
+            "spreading": self.spreading(),
+        }
+        for measure, name in enumerate(MEASURES):
+            found |= {f"levels, {way}, {name}": self.by_level(way, measure) for way in WAYS}
+            found[f"heads, {name}"] = self.by_head(measure)
+        return found
 
     def values(self, name: Any) -> tuple[np.ndarray, ...]:
         """Return a name's average precision, pointing, overlap at the first half's threshold, and own object: (target,)."""
@@ -53,98 +72,91 @@ class Report:
             return Whole("all", WAYS[name.rpartition(", ")[2]])
         return self.choice.rows[WITH_SELF if name.startswith(WITH_SELF) else CROSS]
 
-    def bare(self, values: np.ndarray, chosen: Any = slice(None)) -> float:
-        """Return the mean of some targets, to be shown without its interval."""
-        mean, (low, high) = mean_interval(values[chosen], self.units[chosen], resamples=500)
-        self.widest = max(self.widest, float(high - low) / 2) if np.isfinite(high - low) else self.widest
-        return float(mean)
-
-    def interval(self, values: np.ndarray) -> str:
-        """Return the mean and its 95 % interval over pictures."""
-        mean, (low, high) = mean_interval(values, self.units)
-        return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    def mean(self, values: np.ndarray, chosen: Any = slice(None)) -> dict[str, float | None]:
+        """Return the mean of some targets and its 95 % interval over pictures."""
+        mean, (low, high) = mean_interval(values[chosen], self.units[chosen])
+        return {"value": float(mean), "low": float(low), "high": float(high)}
 
     def summary(self) -> str:
         """Return how much there was, what was chosen, and by how much it is better."""
         lines = [
             f"{len(set(self.first.picture))} pictures chose, {len(set(self.second.picture))} with {len(self.second.kind)} words"
-            f" and spans report; noise levels {', '.join(map(str, self.levels))}; chance is {np.mean(self.second.chance):.3f}."
+            f" and spans report; noise levels {', '.join(map(str, self.levels))}; chance is {np.mean(self.second.chance):.3f}.",
+            "",
         ]
         lines += [f"- {text}: {' · '.join(n.recipe)}" for text, n in self.choice.rows.items() if isinstance(n, Whole)]
         best = self.second.of(self.choice.rows[CROSS])[0]
         for text in ("DAAM: mean of all", "geometric mean against the strongest word"):
-            lines.append(f"- {CROSS} minus {text}: {self.interval(best - self.second.of(FIXED[text])[0])}")
+            lines.append(f"- {CROSS} minus {text}: {shown(self.mean(best - self.second.of(FIXED[text])[0]))}")
         more = self.second.of(self.choice.rows[WITH_SELF])[0]
-        return "\n".join([*lines, f"- what self-attention adds to {CROSS}: {self.interval(more - best)}"])
+        return "\n".join([*lines, f"- what self-attention adds to {CROSS}: {shown(self.mean(more - best))}"])
 
-    def main(self) -> str:
-        """Return the table with intervals."""
+    def named(self) -> dict[str, Any]:
+        """Return what the first tables have rows of, by their texts: fixed recipes, what was chosen, what needs the choice."""
         names: dict[str, Any] = FIXED | self.choice.rows | {n: n for n in self.second.found if isinstance(n, str)}
-        lines = [
-            "| recipe | choosing half | average precision | color | shape | span | pointing | own object | mIoU | at |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-        ]
-        kind = np.array(self.second.kind)
-        for text, name in names.items():
+        at = {text: n.at if isinstance(n, Part) else () for text, n in names.items()}
+        return {text + (f" ({', '.join(map(str, at[text]))})" if at[text] else ""): n for text, n in names.items()}
+
+    def recipes(self) -> Table:
+        """Return every measure of every named recipe."""
+        rows: list[list[Cell]] = []
+        for text, name in self.named().items():
             precision, point, overlap, own = self.values(name)
             half = f"{self.first.precision(name):.3f}" if name in self.first.found else "–"
-            which = f" ({', '.join(map(str, name.at))})" if isinstance(name, Part) and name.at else ""
-            of_kind = [f"{self.bare(precision, kind == k):.3f}" for k in KINDS]
-            others = [self.interval(values) for values in (point, own, overlap)]
             at = f"{THRESHOLDS[self.threshold(name)]:.2f}"
-            cells = [text + which, half, self.interval(precision), *of_kind, *others, at]
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines)
+            rows.append([text, half, *(self.mean(v) for v in (precision, point, own, overlap)), at])
+        return Table(["recipe", "choosing half", "average precision", "pointing", "own object", "mIoU", "at"], rows)
 
-    def factors(self) -> str:
+    def kinds(self) -> Table:
+        """Return the average precision of every named recipe by what is looked for."""
+        kind = np.array(self.second.kind)
+        rows: list[list[Cell]] = []
+        for text, name in self.named().items():
+            rows.append([text, *(self.mean(self.second.of(name)[0], kind == k) for k in KINDS)])
+        return Table(["average precision", *KINDS], rows)
+
+    def averages(self) -> Table:
         """Return the average precision of every average (rows) against everything (columns), every head, not spread."""
 
-        def cell(average: str, against: str) -> float:
-            return self.bare(self.second.of(Whole("all", Recipe(average, against, "as it is")))[0])
+        def cell(average: str, against: str) -> Cell:
+            return self.mean(self.second.of(Whole("all", Recipe(average, against, "as it is")))[0])
 
-        return _grid(
-            "average precision", list(AVERAGES), list(AGAINST), lambda r, c: cell([*AVERAGES][r], [*AGAINST][c])
-        )
+        return _table("average precision", list(AVERAGES), list(AGAINST), cell)
 
-    def spreads(self) -> str:
+    def spreading(self) -> Table:
         """Return the average precision of the chosen recipe, spread in every way (rows), of each kind of capture."""
         average, against, _ = self.choice.rows[CROSS].recipe
         captures = {"every head": "all", "heads averaged": "mean"}
 
-        def cell(row: int, column: int) -> float:
-            recipe = Recipe(average, against, [*SPREAD][row])
-            return self.bare(self.second.of(Whole([*captures.values()][column], recipe))[0])
+        def cell(spread: str, capture: str) -> Cell:
+            return self.mean(self.second.of(Whole(captures[capture], Recipe(average, against, spread)))[0])
 
-        return _grid(f"{average} · {against}", list(SPREAD), list(captures), cell)
+        return _table(f"{average} · {against}", list(SPREAD), list(captures), cell)
 
-    def levels_table(self, way: str, measure: int) -> str:
+    def by_level(self, way: str, measure: int) -> Table:
         """Return a measure of each layer (rows) at each noise level (columns)."""
+        levels = list(map(str, self.levels))
 
-        def cell(row: int, column: int) -> float | None:
-            layer, level = row < len(self.layers), column < len(self.levels)
-            what = "layer and level" if layer and level else "layer" if layer else "level"
-            at = (*((row,) if layer else ()), *((column,) if level else ()))
-            return self.bare(self.values(Part(way, what, at))[measure]) if at else None
+        def cell(row: str, column: str) -> Cell:
+            layer = (self.rows.index(row),) if row in self.rows else ()
+            level = (levels.index(column),) if column in levels else ()
+            what = " and ".join(name for name, at in (("layer", layer), ("level", level)) if at)
+            name = Part(way, what, (*layer, *level)) if what else Whole("all", WAYS[way])
+            return self.mean(self.values(name)[measure])
 
-        rows = [f"{k} `{name}`" for k, name in enumerate(self.layers)]
-        return _grid(f"{way}, {MEASURES[measure]}", [*rows, "all"], [*map(str, self.levels), "all"], cell)
+        return _table(f"{way}, {MEASURES[measure]}", [*self.rows, "all"], [*levels, "all"], cell)
 
-    def heads_table(self, measure: int) -> str:
+    def by_head(self, measure: int) -> Table:
         """Return a measure of each head over all noise levels, by log-odds."""
-        heads = sum(isinstance(n, Part) and n[:2] == ("log-odds", "head") for n in self.second.found) // len(
-            self.layers
-        )
+        every = sum(isinstance(n, Part) and n[:2] == ("log-odds", "head") for n in self.second.found)
+        heads = [f"head {h}" for h in range(every // len(self.layers))]
 
-        def cell(row: int, column: int) -> float:
-            return self.bare(self.values(Part("log-odds", "head", (row * heads + column,)))[measure])
+        def cell(row: str, column: str) -> Cell:
+            at = self.rows.index(row) * len(heads) + heads.index(column)
+            return self.mean(self.values(Part("log-odds", "head", (at,)))[measure])
 
-        rows = [f"{k} `{name}`" for k, name in enumerate(self.layers)]
-        return _grid(f"log-odds, {MEASURES[measure]}", rows, [f"head {h}" for h in range(heads)], cell)
+        return _table(f"log-odds, {MEASURES[measure]}", self.rows, heads, cell)
 
 
-def _grid(corner: str, rows: list[str], columns: list[str], cell: Callable[[int, int], float | None]) -> str:
-    lines = [f"| {corner} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    for r, name in enumerate(rows):
-        found = [cell(r, c) for c in range(len(columns))]
-        lines.append(f"| {name} | " + " | ".join("" if v is None else f"{v:.3f}" for v in found) + " |")
-    return "\n".join(lines)
+def _table(corner: str, rows: list[str], columns: list[str], cell: Callable[[str, str], Cell]) -> Table:
+    return Table([corner, *columns], [[row, *(cell(row, column) for column in columns)] for row in rows])
