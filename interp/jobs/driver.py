@@ -37,6 +37,8 @@ class Report:
     seconds: float
     failures: list[Failure] = field(default_factory=list)
     """What this call gave up, and why."""
+    timings: dict[int, float] = field(default_factory=dict)
+    """Wall seconds of each batch that this call ran as planned, in the order in which they ended."""
 
     @property
     def code(self) -> int:
@@ -128,6 +130,7 @@ def _drive(engine: Engine, store: Path, *, retry_failed: bool, progress: bool, s
     agenda = Agenda(column_of(store, "batch"), status, status_rows(store), retry_failed=retry_failed)
     total, began = len(status), time.perf_counter()
     failures: list[Failure] = []
+    timings: dict[int, float] = {}
     made = running = 0
     with tqdm(total=total, initial=total - agenda.waiting, unit="sample", disable=not progress, smoothing=0.1) as bar:
         while len(agenda) or running:
@@ -147,12 +150,15 @@ def _drive(engine: Engine, store: Path, *, retry_failed: bool, progress: bool, s
                     failures += lost
                     for failure in lost:
                         say(f"sample {failure.sample} failed: {failure.text}")
+                if outcome.kind == "done" and not outcome.notes and task.members == task.samples:
+                    timings[task.batch] = outcome.seconds
                 made += len(done)
                 bar.update(len(done) + len(lost))
     engine.drain()
     status = status_of(store)
     return Report(
-        store, total, int((status == DONE).sum()), int((status == FAILED).sum()), made, time.perf_counter() - began, failures
+        store, total, int((status == DONE).sum()), int((status == FAILED).sum()), made, time.perf_counter() - began, failures,
+        timings,
     )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def _answer_e1(runs: Runs, settings: Settings) -> Answer:
     return Answer(
         checks, [Table(["t", "F1", "relative F1"], rows, "The paper's Figure 1, as numbers.")], figures,
         {"attention": ["baseline"]}, f"{len(run)} prompts of {n} pairs, {len(steps)} of {settings.steps} steps",
-        f"relative F1 {shown[k].value:.2f} at {label}",
+        f"relative F1 {shown[k].text(2)} at {label}",
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def _answer_e3(runs: Runs, settings: Settings) -> Answer:
         checks, [Table(["class", "a token", "all tokens"], rows, "Means over steps, layers, heads and pixels.")],
         [Figure(drawing.lines(panels, "attention by class", limits=[(0, 1), (0, 1)]), drawing.NOTE)],
         {"attention": ["baseline"]}, f"{len(run)} prompts of {len(np.unique(units))} pairs, {len(t)} of {settings.steps} steps",
-        f"[SOS] gets {rows[0][1].value:.2f} of the attention",
+        f"[SOS] gets {rows[0][1].text(2)} of the attention",
     )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def _answer_e10(runs: Runs, settings: Settings) -> Answer:
     return Answer(
         checks, [table], figures, {"attention": ["baseline", SWAP]},
         f"{len(exchanged)} exchanged pictures of {len(np.unique(units))} pairs",
-        f"F1 with B's outlines {row[2].value:.2f}, with A's {row[1].value:.2f}",
+        f"F1 with B's outlines {row[2].text(2)}, with A's {row[1].text(2)}",
     )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def _answer_e4(runs: Runs, settings: Settings) -> Answer:
     return Answer(
         checks, [table], figures, {"exchange": ["baseline", SWAP]},
         f"{ds.sizes['pair']} exchanged pictures of {len(np.unique(units))} pairs",
-        f"{lead[0]}: A {lead[1].value:.3f}, B {lead[2].value:.3f}",
+        f"{lead[0]}: A {lead[1].text()}, B {lead[2].text()}",
     )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def _answer_e5(runs: Runs, settings: Settings) -> Answer:
     return Answer(
         checks, [table], [figure], {"exchange": ["baseline", SWAP, *map(_first, lengths)]},
         f"{whole.sizes['pair']} pictures of {len(np.unique(units))} pairs at each point",
-        f"{checks[0].number.value:.0%} of the gain by step {settings.length(0.2)}, {checks[1].number.value:.0%} by step "
+        f"{checks[0].number.percent()} of the gain by step {settings.length(0.2)}, {checks[1].number.percent()} by step "
         f"{settings.length(0.4)} of {settings.steps}",
     )  # fmt: skip
 
@@ -226,7 +226,7 @@ def _answer_e9(runs: Runs, settings: Settings) -> Answer:
         checks, [Table(columns, rows, "The paper's Figure 11, as numbers.")],
         [Figure(drawing.lines(panels, "number of EOS", limits=[(0, 1.08)] * len(panels)), drawing.NOTE)],
         {"exchange": [*names, EARLY, NEXT]}, f"{len(units)} pictures of {len(np.unique(units))} pairs at each point",
-        f"{counts[-1]} EOS fewer: with A {checks[0].number.value:+.3f}, with B {checks[1].number.value:+.3f} ({NAMES[lead]})",
+        f"{counts[-1]} EOS fewer: alignment with A by {checks[0].number.text()}, with B by {checks[1].number.text()} ({NAMES[lead]})",
     )  # fmt: skip
 
 

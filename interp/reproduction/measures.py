@@ -35,11 +35,22 @@ class Estimate:
         >>> Estimate(0.5, 0.4, 0.6, 10).text(1)
         '0.5 [0.4, 0.6]'
         """
+        return self._formatted(f"z.{digits}f")
+
+    def percent(self) -> str:
+        """Return it as a share.
+
+        >>> Estimate(0.5, 0.4, 0.6, 10).percent()
+        '50% [40%, 60%]'
+        """
+        return self._formatted("z.0%")
+
+    def _formatted(self, form: str) -> str:
         if not np.isfinite(self.value):
             return "–"
-        text = f"{self.value:z.{digits}f}"
+        text = f"{self.value:{form}}"
         if np.isfinite(self.low) and self.low != self.high:
-            text += f" [{self.low:z.{digits}f}, {self.high:z.{digits}f}]"
+            text += f" [{self.low:{form}}, {self.high:{form}}]"
         return text.replace("-", "−")
 
 

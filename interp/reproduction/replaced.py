@@ -57,7 +57,7 @@ def _answer_e11(runs: Runs, settings: Settings) -> Answer:
     return Answer(
         checks, [Table(columns, rows, "Alignment with the prompt, and closeness to the baseline.")],
         [Figure(drawing.grid(pictures, heads), "")], {"removal": shown}, f"{got.ds.sizes['pair']} prompts",
-        f"all [SOS] keeps {checks[0].number.value:.0%}, [EOS] alone {checks[1].number.value:.0%} of what the text brings",
+        f"all [SOS] keeps {checks[0].number.percent()}, [EOS] alone {checks[1].number.percent()} of what the text brings",
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def _answer_e12(runs: Runs, settings: Settings) -> Answer:
         checks, [Table(columns, rows, "The paper's Table 3. “Sem+EOS” is the baseline.")],
         [Figure(drawing.bars(panels, shown, "tokens replaced"), drawing.NOTE), Figure(drawing.grid(pictures, heads), "")],
         {"removal": shown}, f"{got.ds.sizes['pair']} prompts",
-        f"{NAMES[metrics[0]]}: Zero+EOS {rows[3][1].value:.3f}, Sem+Zero {rows[1][1].value:.3f}",
+        f"{NAMES[metrics[0]]}: Zero+EOS {rows[3][1].text()}, Sem+Zero {rows[1][1].text()}",
     )  # fmt: skip
 
 

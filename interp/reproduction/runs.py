@@ -6,6 +6,7 @@ Experiments share runs: every condition of a run starts from the same noise, and
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ Spec = dict[str, Any]
 Conditions = dict[str, list[Spec]]
 BASELINE: Conditions = {"baseline": []}
 PICTURES = {"attention": None, "latents": False, "noise_pred": False}
+SECONDS = "seconds_per_sample"
+"""Attribute of `/scores`: batch → wall seconds of the job for each sample of it, pictures and files included."""
+FRECHET = ("removal", "captions", "fewer_steps")
+"""Runs of E8."""
 
 
 @dataclass(frozen=True)
@@ -131,18 +136,39 @@ def make(recipe: Recipe, settings: Settings, folder: Path, *, progress: bool = T
             f"{report.failed} samples of {str(report.path)!r} failed: `interp info {report.path}` says why; repair the "
             "cause and give the same command again"
         )
-    run = open_run(report.path)
+    run = _timed(open_run(report.path), report.timings)
     metrics = metrics_of(recipe, settings)
     if metrics:  # only what has no score yet is scored
         run = score(run, metrics, progress=progress, **_options(settings))
     return run
 
 
+def _timed(run: Run, timings: Mapping[int, float]) -> Run:
+    """Write seconds a sample by batch into the attributes of `/scores`.
+
+    The first batch of a call warms up: it is left out if another of its condition was timed.
+    """
+    if not timings:
+        return run
+    samples = run.samples.groupby("batch")
+    size, condition = samples.size(), samples["condition"].first()
+    first, *others = timings
+    kept = others if condition[first] in set(condition[others]) else timings
+    found = {str(b): timings[b] / int(size[b]) for b in kept}
+    run.write_scores({}, {SECONDS: found})
+    return run.reopened()
+
+
 def check_metrics(made: Iterable[Recipe], settings: Settings) -> None:
     """Load the models that will score the runs, before hours go into making them; InterpError if one cannot be had."""
-    about = Run(xr.DataTree(xr.Dataset(attrs={"pipeline": {"id": settings.model}})))
+    about = _planned(settings)
     for name in dict.fromkeys(m for recipe in made for m in metrics_of(recipe, settings)):
         find_metric(name, _options(settings)).made(about)
+
+
+def _planned(settings: Settings) -> Run:
+    """Return a run of this model that has nothing yet."""
+    return Run(xr.DataTree(xr.Dataset(attrs={"pipeline": {"id": settings.model}})))
 
 
 def _options(settings: Settings) -> dict[str, Any]:
@@ -153,4 +179,21 @@ def metrics_of(recipe: Recipe, settings: Settings) -> list[str]:
     """Return the metrics of a run: alignment by both judges where there are two, and closeness to the baseline."""
     if recipe.name == "trajectory":
         return []
-    return ["clip", *(["judge"] if settings.model == "scenes" else []), "clip_image"]
+    judge = ["judge"] if settings.model == "scenes" else []
+    whole = [name for name in frechet(settings) if can_be_had(name, settings)] if recipe.name in FRECHET else []
+    return ["clip", *judge, "clip_image", *whole]
+
+
+def frechet(settings: Settings) -> tuple[str, ...]:
+    """Return the metrics that are E8's FID: in the features of the CLIP that scores, and, for photographs, of Inception-v3."""
+    return ("clip_fid",) if settings.model == "scenes" else ("clip_fid", "fid")
+
+
+@cache
+def can_be_had(metric: str, settings: Settings) -> bool:
+    """Whether what a metric needs is here: torchmetrics, and for `fid` torch-fidelity and its weights."""
+    try:
+        find_metric(metric, _options(settings)).made(_planned(settings))
+    except InterpError:
+        return False
+    return True

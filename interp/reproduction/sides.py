@@ -60,7 +60,7 @@ def _answer(runs: Runs, settings: Settings) -> Answer:
     return Answer(
         checks, [table], figures, {name: ["baseline", *SIDES.values()] for name in ("exchange", "attention")},
         f"{ds.sizes['pair']} pictures of {len(np.unique(units))} pairs for each side; attention of {kl.sizes['pair']}",
-        f"V-Sub ahead of K-Sub by {checks[0].number.value:.3f} ({NAMES[judges(run)[0]]})",
+        f"V-Sub ahead of K-Sub by {checks[0].number.text()} ({NAMES[judges(run)[0]]})",
     )  # fmt: skip
 
 

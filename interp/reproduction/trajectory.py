@@ -81,8 +81,8 @@ def _answer_e2(runs: Runs, settings: Settings) -> Answer:
     return Answer(
         checks, [table], [Figure(drawing.lines(panels, "frequency bands", log=[False, True]), drawing.NOTE)],
         {"trajectory": ["baseline"]}, f"{ds.sizes['sample']} prompts",
-        f"at half the steps the low band is {rows[len(rows) // 2][1].value:.2f} of its norm away, the high band "
-        f"{rows[len(rows) // 2][2].value:.2f}",
+        f"at half the steps the low band is {rows[len(rows) // 2][1].text(2)} of its norm away, the high band "
+        f"{rows[len(rows) // 2][2].text(2)}",
     )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def _answer_e7(runs: Runs, settings: Settings) -> Answer:
     return Answer(
         checks, [table], [Figure(drawing.lines(panels, "guidance"), drawing.NOTE)], {"trajectory": ["baseline"]},
         f"{ds.sizes['sample']} prompts",
-        f"in the second half the guidance term is {checks[0].number.value:.2f} of what it is in the first fifth",
+        f"in the second half the guidance term is {checks[0].number.text(2)} of what it is in the first fifth",
     )  # fmt: skip
 
 

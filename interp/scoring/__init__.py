@@ -132,12 +132,16 @@ def _by_sample(run: Run, metric: Metric, against: str, batch_size: int, again: b
 
 def _by_condition(run: Run, metric: Metric, against: str, batch_size: int, again: bool, progress: bool) -> None:
     name, samples = _named(metric, against), run.samples
+    there = {} if again else _there(run, metric, name)
     found: dict[str, dict[str, float]] = {}
     for condition in run.conditions:
         rows = np.flatnonzero(((samples["condition"] == condition) & (samples["status"] == 1)).to_numpy())
         if not len(rows) or (metric.wants == "references" and condition == against):
             continue
         rows, partners = paired(run, metric, against, rows)
+        if there.get(condition, {}).get("samples") == len(rows):
+            found[condition] = there[condition]
+            continue
         compute = metric.made(run)
         for part, facing in _batches(run, metric, rows, partners, batch_size, f"{name} of {condition}", progress):
             _tried(metric, compute.update, pictures(run, rows[part]), *facing)
@@ -146,7 +150,15 @@ def _by_condition(run: Run, metric: Metric, against: str, batch_size: int, again
         raise InterpError(
             f"metric {metric.name!r} needs a condition beside {against!r}; this run has no other finished one"
         )
-    run.write_scores({}, {"made_by": {name: metric.made_by}, "by_condition": {name: found}})
+    if found != there:
+        run.write_scores({}, {"made_by": {name: metric.made_by}, "by_condition": {name: found}})
+
+
+def _there(run: Run, metric: Metric, name: str) -> dict[str, dict[str, float]]:
+    """Return what is known of each condition, if it was made in this way."""
+    attrs = run.tree["scores"].attrs if "scores" in run.tree.children else {}
+    same = bool(metric.origin) and attrs.get("made_by", {}).get(name) == metric.made_by
+    return dict(attrs.get("by_condition", {}).get(name, {})) if same else {}
 
 
 def _named(metric: Metric, against: str) -> str:

@@ -1,4 +1,4 @@
-"""The Fréchet distance of a condition's pictures from the reference's, as a whole."""
+"""The Fréchet distance of a condition's pictures from the reference's, as a whole, in features of Inception or of CLIP."""
 
 from typing import Any
 
@@ -6,7 +6,9 @@ import numpy as np
 import torch
 
 from interp.errors import InterpError
+from interp.scoring.clip import encoder
 from interp.scoring.pixels import needing, torchmetrics
+from interp.stores import Run
 
 LAYERS = (64, 192, 768, 2048)  # of Inception-v3, by their numbers of features
 
@@ -43,3 +45,30 @@ class Fid:
         if self.count < 2:
             raise InterpError(f"fid needs two pictures or more of a condition, found {self.count}")
         return float(self.metric.compute())
+
+
+class ClipFid(Fid):
+    """Fréchet distance of a condition's pictures from the reference's, in CLIP's features, by torchmetrics.
+
+    Features are the unit vectors of CLIP's image projection (`scenes` has 128 numbers, ViT-B/32 512); the distances do not
+    compare with those of Inception (on CLIP for this: Kynkäänniemi et al., arXiv:2203.06026). One number a condition, 0 and
+    more, biased upwards for few pictures. Needs the extra `[metrics]`.
+
+    Option `clip_model` as for `clip`.
+    """
+
+    def __init__(self, *, clip_model: str | None = None, run: Run | None = None, device: str = "cpu") -> None:
+        super().__init__(features=_Clip(encoder(clip_model, run, device)), device=device)
+
+
+class _Clip(torch.nn.Module):
+    """CLIP's picture vectors as torchmetrics asks for features: uint8 (sample, rgb, y, x) → (sample, feature)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.num_features = model.pictures(np.zeros((1, 32, 32, 3), "uint8")).shape[1]
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.model.pictures(pictures.permute(0, 2, 3, 1).cpu().numpy())
+        return found

@@ -74,6 +74,11 @@ def test_passes_saved_and_distance_are_the_stores(folder: Path, numbers: dict[st
     assert (
         found["passes saved"] == pytest.approx(1 - passes[late].sum() / passes[base].sum()) == found["a/(2T)"] == 0.25
     )
+    attrs = tree["scores"].attrs
+    seconds = [attrs["seconds_per_sample"][str(b)] for b in np.unique(tree["batch"].values[late])]
+    assert found["seconds a picture"]["value"] == pytest.approx(np.mean(seconds)) and min(seconds) > 0
+    distance = attrs["by_condition"]["clip_fid:baseline"]["no text in the last 2 steps"]
+    assert found["FID to a = 0, CLIP"] == pytest.approx(distance["value"]) and distance["samples"] == len(late) == 2
 
 
 def test_attention_to_bos_is_the_stores(folder: Path, numbers: dict[str, Any]) -> None:

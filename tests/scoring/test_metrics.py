@@ -66,6 +66,26 @@ def test_fid_with_features_of_ones_own(run):
     assert found["late"]["value"] == pytest.approx(wanted, rel=1e-3, abs=1e-6)
 
 
+def test_fid_in_clip_is_that_of_its_vectors_and_is_made_once(run, monkeypatch):
+    from interp.scenes.scoring import Scorer, folder, to_tensor
+    from interp.scoring.frechet import ClipFid
+
+    class Vectors(torch.nn.Module):
+        num_features = 128
+
+        def forward(self, x):
+            return Scorer.of(folder()).picture_vectors(to_tensor(x.permute(0, 2, 3, 1).numpy()))
+
+    run.tree.attrs["pipeline"] = {"id": "scenes"}
+    wanted = score(run, "fid", features=Vectors()).tree["scores"].attrs["by_condition"]["fid:baseline"]
+    scored = score(run, "clip_fid")
+    assert scored.tree["scores"].attrs["by_condition"]["clip_fid:baseline"] == pytest.approx(wanted)
+    monkeypatch.setattr(ClipFid, "update", None)  # it is not asked again
+    assert score(scored, "clip_fid").tree["scores"].attrs == scored.tree["scores"].attrs
+    with pytest.raises(InterpError, match="'clip_fid' failed"):
+        score(scored, "clip_fid", again=True)
+
+
 @pytest.mark.parametrize(("metric", "needs"), [("lpips", "torchvision"), ("fid", "torch-fidelity")])
 def test_what_is_not_installed_is_named(run, metric, needs):
     try:
