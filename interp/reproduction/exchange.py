@@ -226,7 +226,7 @@ def _answer_e9(runs: Runs, settings: Settings) -> Answer:
         checks, [Table(columns, rows, "The paper's Figure 11, as numbers.")],
         [Figure(drawing.lines(panels, "number of EOS", limits=[(0, 1.08)] * len(panels)), drawing.NOTE)],
         {"exchange": [*names, EARLY, NEXT]}, f"{len(units)} pictures of {len(np.unique(units))} pairs at each point",
-        f"{counts[-1]} EOS fewer: alignment with A by {checks[0].number.text()}, with B by {checks[1].number.text()} ({NAMES[lead]})",
+        f"{counts[-1]} EOS fewer: {NAMES[lead]} with A by {checks[0].number.text()}, with B by {checks[1].number.text()}",
     )  # fmt: skip
 
 

@@ -9,7 +9,9 @@ import pytest
 import typer.main
 
 from interp.cli import app
+from interp.scenes.marked import filled
 from tests.reproduction.notebook import execute
+from tests.reproduction.summary import table
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
@@ -33,6 +35,10 @@ def test_the_commands_of_the_page_exist() -> None:
         words = shlex.split(line.removeprefix("$ interp "))
         options = {o for p in command.commands[words[0]].params for o in p.opts}  # type: ignore[attr-defined]
         assert {w for w in words if w.startswith("--")} <= options, line
+
+
+def test_the_table_of_the_page_is_that_of_the_report() -> None:
+    assert filled(PAGE, {"summary": table()}) == PAGE
 
 
 def test_the_notebook_is_committed_as_it_was_executed() -> None:
