@@ -7,8 +7,11 @@ python examples/prompt_to_prompt.py [number of seeds, default 1] [steps, default
 
 import sys
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
 
 import interp
 
@@ -33,13 +36,18 @@ if __name__ == "__main__":
         scores=["judge"],
         progress=False,
     )
-    rows = []
-    for name in run.conditions:
+    shown = min(n, 2)
+    figure, axes = plt.subplots(len(run.conditions), 2 * shown, figsize=(1.5 + 2.5 * shown, 5.2), layout="constrained")
+    for row, name in zip(axes, run.conditions, strict=True):
         part = run.condition(name)
         pictures, edited = part.images.values, (part.samples["prompt"] == EDITED).to_numpy()
         apart = np.abs(pictures[edited] / 255 - pictures[~edited] / 255).mean()
         judged = float(part.scores.values[edited].mean())
         print(f"{name:<28} L1 to the source {apart:.3f}, judge sees {judged:.2f} of the edited prompt")
-        rows.append(np.concatenate([*pictures[~edited], *pictures[edited]], axis=1))
+        row[0].set_ylabel(name.replace(" injected", "\ninjected"), rotation=0, ha="right", va="center")
+        for k, picture in enumerate([*pictures[~edited][:shown], *pictures[edited][:shown]]):
+            row[k].imshow(picture)
+            title = f"{'source' if k < shown else 'edit'}, seed {k % shown}" if name == "prompt alone" else ""
+            row[k].set(xticks=[], yticks=[], title=title)
     print(f"n = {n} seed{'s' * (n > 1)}, {steps} steps")
-    Image.fromarray(np.concatenate(rows)).save("prompt_to_prompt.png")
+    figure.savefig("prompt_to_prompt.png", dpi=100)

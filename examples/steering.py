@@ -8,8 +8,11 @@ python examples/steering.py [steps, default 2; 10 show it]
 
 import sys
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
 
 import interp
 from interp.interventions import steering_vector
@@ -53,5 +56,11 @@ if __name__ == "__main__":
         red, blue = (float(scores.sel(metric=f"judge:{column}")) for column in ("prompt", "target"))
         print(f"{name:<17} judge sees {red:.2f} of the red prompt, {blue:.2f} of the blue one")
     print(f"n = 3 prompts, one seed, {steps} steps")
-    rows = [np.concatenate(list(run.condition(name).images.values), axis=1) for name in run.conditions]
-    Image.fromarray(np.concatenate(rows)).save("steering.png")
+    figure, axes = plt.subplots(len(run.conditions), 3, figsize=(4.6, 6.6), layout="constrained")
+    for row, name in zip(axes, run.conditions, strict=True):
+        part = run.condition(name)
+        row[0].set_ylabel(name.replace(" × ", "\n× "), rotation=0, ha="right", va="center")
+        for axis, picture, prompt in zip(row, part.images.values, part.samples["prompt"], strict=True):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[], title=" ".join(prompt.split()[2:4]) if name == "unchanged" else "")
+    figure.savefig("steering.png", dpi=100)
