@@ -109,7 +109,7 @@ def draw_mass(ds: xr.Dataset, *, variable: str = "mass_per_token") -> Figure:
     for ax, text in ((over_steps, "Mean over layers"), (over_layers, "Mean over steps")):
         ax.set(ylabel="share of attention (1)", ylim=(0, None))
         title(ax, text)
-        legend(ax)
+    legend(over_layers, beside=True)
     note(figure)
     return figure
 

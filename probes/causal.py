@@ -24,7 +24,7 @@ def draw(ds: xr.Dataset) -> Figure:
 
     ds: the result of `causal_tracing`.
     """
-    from interp.probes.style import PALETTE, new_figure, note, title
+    from interp.probes.style import PALETTE, legend, new_figure, note, title
 
     measures = [str(m) for m in ds["measure"].values]
     rows = np.arange(ds.sizes["restored"])[::-1].astype(float)
@@ -41,7 +41,7 @@ def draw(ds: xr.Dataset) -> Figure:
     limits = np.nan_to_num([low - 0.1, high + 0.1], nan=0.5).clip([-2.0, 1.2], [-0.2, 3.0])  # bars may be cut
     ax.set(xlabel="recovered (1): 0 as corrupted, 1 as clean", ylim=(-0.6, len(rows) - 0.4), xlim=limits)
     title(ax, f"Restored in {ds.attrs['corrupted']!r}")
-    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    legend(ax, beside=True)
     note(figure, f"Dots: ratios of means over {ds.attrs['pairs']} pairs. Bars: bootstrap 95 % intervals over prompts.")
     return figure
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DISTANCES = ("image_distance", "latent_distance")
 EXPLAINED = {
     "image_distance": ("1 (of the full pixel range)", "L1 distance of the picture from the reference's"),
-    "latent_distance": ("1", "‖x_0 − x_0,ref‖ / ‖x_0,ref‖ of the final latents"),
+    "latent_distance": ("1", "‖x₀ − x₀,ref‖ / ‖x₀,ref‖ of the final latents"),
     "score": ("the metric's own", "score"),
     "passes": ("forward passes", "forward passes really run, both branches"),
 }

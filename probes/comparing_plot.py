@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 LABEL = {
     "image_distance": "L1 distance of pictures (1)",
-    "latent_distance": "‖x_0 − x_0,ref‖ / ‖x_0,ref‖ (1)",
+    "latent_distance": "‖x₀ − x₀,ref‖ / ‖x₀,ref‖ (1)",
 }
 MAX_SCORES = 6
 
@@ -91,8 +92,10 @@ def measures(ds: xr.Dataset) -> list[tuple[str, str, xr.DataArray, xr.DataArray]
     return found
 
 
-def show(ax: Axes, picture: Any, text: str = "") -> None:
-    """Show a picture (height, width, rgb) without axes."""
+def show(ax: Axes, picture: Any, text: str = "", row: str = "") -> None:
+    """Show a picture (height, width, rgb) without axes, with texts above it and, for the first of a row, beside it."""
     ax.imshow(np.asarray(picture), interpolation="nearest")
-    ax.set_axis_off()
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
     ax.set_title(text, fontsize=8)
+    ax.set_ylabel(fill(row, 18), fontsize=7, rotation=0, ha="right", va="center")

@@ -36,11 +36,11 @@ def draw(ds: xr.Dataset) -> Figure:
     figure, (absolute, relative) = new_figure(2)
     drawn = partial(curve, units=units_of(ds))
     drawn(absolute, ds.step, ds.f1.mean("word"), color=BLUE, label="edge-F1")
-    absolute.set(ylabel="F1 of map's and image's edges (1)", ylim=(0, None))
+    absolute.set(ylabel="F1 of edges (1)", ylim=(0, None))
     title(absolute, "Edges of word maps against the image")
     line(relative, ds.step, ds.relative, ds.relative_interval, ORANGE, "relative")
     relative.axhline(1, color="0.5", linestyle=":")
-    relative.set(ylabel="mean F1 / mean F1 of the last step (1)", ylim=(0, None))
+    relative.set(ylabel="mean F1 / that of the last step (1)", ylim=(0, None))
     title(relative, "Relative to the last step")
     for ax in (absolute, relative):
         step_axis(ax)

@@ -46,7 +46,7 @@ def draw(ds: xr.Dataset) -> Figure:
     title(spread, "Over the image, by role (1: even)")
     for ax in (tokens, spread):
         step_axis(ax)
-        legend(ax)
+        legend(ax, beside=True)
     note(figure)
     return figure
 

@@ -34,7 +34,8 @@ def draw(ds: xr.Dataset) -> Figure:
     figure, pictures, (ax,) = strips_and_panels(strips, frames, 1)
     for k, spot in enumerate(pictures):
         picture = ds["image"].isel(strip=k // frames, frame=k % frames)
-        show(spot, picture, f"step {int(ds['frame_step'][k % frames])}" if k < frames else "")
+        text = f"step {int(ds['frame_step'][k % frames])}" if k < frames else ""
+        show(spot, picture, text, prompt_of(ds, k // frames) if k % frames == 0 else "")
     curve(ax, ds.step, ds.distance, color=BLUE, label=f"from {ds.attrs['end']}", units=units_of(ds))
     curve(ax, ds.step, ds.change, color=ORANGE, label="from the step before", units=units_of(ds))
     ax.set(ylabel="L1 distance (1)", ylim=(0, None))
@@ -42,6 +43,12 @@ def draw(ds: xr.Dataset) -> Figure:
     legend(ax)
     note(figure)
     return figure
+
+
+def prompt_of(ds: xr.Dataset, strip: int) -> str:
+    """Return the prompt of a strip, if it is known."""
+    at = np.flatnonzero(ds["sample"].values == ds["strip_sample"].values[strip])
+    return str(ds["prompt"].values[at[0]]) if "prompt" in ds.coords and len(at) else ""
 
 
 @probe("x0_film", needs={"x0": True}, plot=draw)

@@ -56,11 +56,11 @@ def draw(ds: xr.Dataset) -> Figure:
         curve(ratios, ds.step, part.variation, color=colour[band], label=f"denoising, {band}")
         curve(ratios, ds.step, part.noising_variation, color=colour[band], label=f"noising, {band}", dashed=True)
     norms.set(ylabel=f"norm ({ds.data_norm.units})")
-    title(norms, "Data and noise parts of x_t")
-    ratios.set(ylabel="‖x_t − x_0‖ / ‖x_0‖ (1)", yscale="log")
+    title(norms, "Data and noise parts of xₜ")
+    ratios.set(ylabel="‖xₜ − x₀‖ / ‖x₀‖ (1)", yscale="log")
     title(ratios, "Distance to the final latent")
     for name, label in {
-        "x_norm": "latents x_t",
+        "x_norm": "latents xₜ",
         "data_norm": "data part",
         "noise_norm": "noise part",
     }.items():

@@ -34,7 +34,8 @@ def draw(ds: xr.Dataset, *, pairs: Sequence[int] = (0, 1)) -> Figure:
     figure, pictures, axes = strips_and_panels(len(rows), ds.sizes["condition"], len(found))
     for k, ax in enumerate(pictures):
         c, p = k % ds.sizes["condition"], rows[k // ds.sizes["condition"]]
-        show(ax, ds["image"].isel(condition=c, pair=p), str(ds["condition"].values[c]) if p == rows[0] else "")
+        name, prompt = str(ds["condition"].values[c]), str(ds["prompt"].values[p])
+        show(ax, ds["image"].isel(condition=c, pair=p), name if p == rows[0] else "", prompt if c == 0 else "")
     known = np.flatnonzero(ds["layer"].values >= 0)
     for ax, (name, text, mean, interval) in zip(axes, found, strict=True):
         color = BLUE if "distance" in name else ORANGE

@@ -129,9 +129,10 @@ def dots(ax: Axes, x: Any, mean: Any, interval: Any, color: str, label: str, mar
     ax.errorbar(x, mean, yerr=bars, fmt=marker, color=color, capsize=3, markersize=5, label=label, clip_on=False)
 
 
-def legend(ax: Axes) -> None:
-    """Put a small legend without a frame."""
-    ax.legend(fontsize=7, frameon=False)
+def legend(ax: Axes, *, beside: bool = False) -> None:
+    """Put a small legend without a frame, where it covers least, or beside the panel."""
+    where = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if beside else {}
+    ax.legend(fontsize=7, frameon=False, **where)
 
 
 def shades(number: int) -> list[Any]:

@@ -56,6 +56,6 @@ class Cost:
     def facts(self) -> str:
         """Return on what the seconds were measured, and what FID there is not."""
         attrs = self.run.attrs
-        said = f"Seconds on {attrs['device']}, {attrs['dtype']}, {self.timings['baseline'].size} batches a condition."
+        said = f"Seconds on {attrs['device']}, {attrs['dtype']}; batches a condition: {self.timings['baseline'].size}."
         missing = [NEEDS[metric] for metric in frechet(self.settings) if FEATURES[metric] not in self.distances()]
         return " ".join([said, *missing])

@@ -125,4 +125,7 @@ def _plain(e: Estimate) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> Any:
-    return _plain(value) if isinstance(value, Estimate) else value.item() if hasattr(value, "item") else value
+    if isinstance(value, Estimate):
+        return _plain(value)
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and value != value else value

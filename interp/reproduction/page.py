@@ -170,7 +170,8 @@ def _number(value: Any, digits: int) -> str:
         more = f'<span class="interval">[{interval}</span>' if bracket else ""
         return f'<td class="number">{text}{more}</td>'
     if isinstance(value, float):
-        return f'<td class="number">{value:z.{digits}f}</td>'.replace(">-", ">−")
+        shown = "–" if value != value else f"{value:z.{digits}f}".replace("-", "−")
+        return f'<td class="number">{shown}</td>'
     return f"<td{_class(value)}>{escape(str(value))}</td>"
 
 
