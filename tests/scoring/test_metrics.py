@@ -82,9 +82,13 @@ def test_fid_in_clip_is_that_of_its_vectors_and_is_made_once(run, monkeypatch):
     scored = score(run, "clip_fid")
     found = scored.tree["scores"].attrs["by_condition"]["clip_fid:baseline"]
     assert found["late"] == pytest.approx(wanted["late"]) and list(found) == ["late"]
-    monkeypatch.setattr(ClipFid, "update", None)  # it is not asked again
+
+    def update(self, images, references):
+        raise ValueError("asked again")
+
+    monkeypatch.setattr(ClipFid, "update", update)
     assert score(scored, "clip_fid").tree["scores"].attrs == scored.tree["scores"].attrs
-    with pytest.raises(InterpError, match="'clip_fid' failed"):
+    with pytest.raises(InterpError, match="'clip_fid' failed: ValueError: asked again"):
         score(scored, "clip_fid", again=True)
 
 
