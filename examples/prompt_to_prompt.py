@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import interp
+from interp.probes.bootstrap import mean_interval
 
 SOURCE = "a large plain red circle above a small striped blue square on a beige background"
 EDITED = "a large plain red heart above a small striped blue square on a beige background"
@@ -41,13 +42,16 @@ if __name__ == "__main__":
     for row, name in zip(axes, run.conditions, strict=True):
         part = run.condition(name)
         pictures, edited = part.images.values, (part.samples["prompt"] == EDITED).to_numpy()
-        apart = np.abs(pictures[edited] / 255 - pictures[~edited] / 255).mean()
-        judged = float(part.scores.values[edited].mean())
-        print(f"{name:<28} L1 to the source {apart:.3f}, judge sees {judged:.2f} of the edited prompt")
+        apart = np.abs(pictures[edited] / 255 - pictures[~edited] / 255).mean((1, 2, 3))
+        told = []
+        for values in (apart, part.scores.values[edited, 0]):
+            mean, (low, high) = mean_interval(values, np.arange(n))
+            told.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+        print(f"{name:<28} L1 to the source {told[0]}, judge sees {told[1]} of the edited prompt")
         row[0].set_ylabel(name.replace(" injected", "\ninjected"), rotation=0, ha="right", va="center")
         for k, picture in enumerate([*pictures[~edited][:shown], *pictures[edited][:shown]]):
             row[k].imshow(picture)
             title = f"{'source' if k < shown else 'edit'}, seed {k % shown}" if name == "prompt alone" else ""
             row[k].set(xticks=[], yticks=[], title=title)
-    print(f"n = {n} seed{'s' * (n > 1)}, {steps} steps")
+    print(f"n = {n} seed{'s' * (n > 1)}, {steps} steps; brackets: bootstrap 95 % interval over seeds")
     figure.savefig("prompt_to_prompt.png", dpi=100)

@@ -57,7 +57,15 @@ if __name__ == "__main__":
 
     base = run.condition("baseline")
     passes, units = float(base.nfe.sum("branch").mean()), base.samples["prompt_id"].to_numpy()
+
+    def told(values):
+        mean, (low, high) = mean_interval(values, units)
+        return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+
     table = {}
+    print(
+        f"| n = {n}, {steps} steps | passes saved | {' | '.join(METRICS)} | |\n|---|---:|{'---:|' * len(METRICS)}---|"
+    )
     for name in settings:
         part = run.condition(name)
         saved = 1 - float(part.nfe.sum("branch").mean()) / passes
@@ -67,9 +75,8 @@ if __name__ == "__main__":
             _, (low, _) = mean_interval(loss, units)
             inferior.append(not low > -0.01 * float(base.scores.sel(metric=judge).mean()))
         table[name] = saved, part.scores, any(inferior)
-        means = "  ".join(f"{m.split(':')[0]} {float(part.scores.sel(metric=m).mean()):.3f}" for m in METRICS)
-        verdict = "inferior or unsure" if any(inferior) else "not inferior"
-        print(f"{name:<33} saved {saved:4.0%}  {means}  {verdict}")
+        means = " | ".join(told(part.scores.sel(metric=m).values) for m in METRICS)
+        print(f"| {name} | {saved:.0%} | {means} | {'inferior or unsure' if any(inferior) else 'not inferior'} |")
     best = max((name for name in table if not table[name][2]), key=lambda name: table[name][0])
     print(f"n = {n}: of what is not inferior, {best!r} saves most, {table[best][0]:.0%} of the passes")
 

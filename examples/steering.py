@@ -16,6 +16,7 @@ import numpy as np
 
 import interp
 from interp.interventions import steering_vector
+from interp.scoring import mean_scores
 
 if __name__ == "__main__":
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 2
@@ -51,11 +52,14 @@ if __name__ == "__main__":
         scores=["judge"],
         progress=False,
     )
+    ds = mean_scores(run)
     for name in run.conditions:
-        scores = run.condition(name).scores.mean("sample")
-        red, blue = (float(scores.sel(metric=f"judge:{column}")) for column in ("prompt", "target"))
-        print(f"{name:<17} judge sees {red:.2f} of the red prompt, {blue:.2f} of the blue one")
-    print(f"n = 3 prompts, one seed, {steps} steps")
+        one = ds.sel(condition=name)
+        seen = [
+            f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, (low, high) in zip(one["mean"].values, one["interval"].values)
+        ]
+        print(f"{name:<17} judge sees {seen[0]} of the red prompt, {seen[1]} of the blue one")
+    print(f"n = 3 prompts, one seed, {steps} steps; brackets: bootstrap 95 % interval over prompts")
     figure, axes = plt.subplots(len(run.conditions), 3, figsize=(4.6, 6.6), layout="constrained")
     for row, name in zip(axes, run.conditions, strict=True):
         part = run.condition(name)
