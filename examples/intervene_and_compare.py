@@ -3,9 +3,8 @@
 python examples/intervene_and_compare.py
 """
 
-import numpy as np
-
 import interp
+from interp.scoring import mean_scores
 
 PROMPTS = ["a large red circle on a gray background", "a large blue star on a beige background"]
 
@@ -20,12 +19,12 @@ if __name__ == "__main__":
             "text removed late": [interp.RemoveText(start=0.4)],
             "text removed early": [interp.RemoveText(stop=0.4)],
         },
-        scores=["clip", "judge"],
+        scores=["clip", "judge", "l1"],
     )
-    reference = run.condition("baseline").images.values.astype(float)
+    ds = mean_scores(run)
     for name in run.conditions:
-        part = run.condition(name)
-        passes = int(part.nfe.sum("branch").mean())
-        change = np.abs(part.images.values - reference).mean() / 255
-        scores = part.scores.mean("sample").to_series().round(2).to_dict()
-        print(f"{name:<20} {passes} forward passes, L1 to baseline {change:.3f}, {scores}")
+        print(f"{name}: {int(run.condition(name).nfe.sum('branch').mean())} forward passes")
+        for metric in ds["metric"].values:
+            one = ds.sel(condition=name, metric=metric)
+            print("  {:<13} {:.3f} [{:.3f}, {:.3f}]".format(metric, float(one["mean"]), *one["interval"].values))
+    print("n = 2 prompts of 2 seeds; brackets: bootstrap 95 % interval over prompts")

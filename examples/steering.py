@@ -54,10 +54,10 @@ if __name__ == "__main__":
     )
     ds = mean_scores(run)
     for name in run.conditions:
-        one = ds.sel(condition=name)
-        seen = [
-            f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, (low, high) in zip(one["mean"].values, one["interval"].values)
-        ]
+        seen = []
+        for metric in ("judge:prompt", "judge:target"):
+            one = ds.sel(condition=name, metric=metric)
+            seen.append("{:.2f} [{:.2f}, {:.2f}]".format(float(one["mean"]), *one["interval"].values))
         print(f"{name:<17} judge sees {seen[0]} of the red prompt, {seen[1]} of the blue one")
     print(f"n = 3 prompts, one seed, {steps} steps; brackets: bootstrap 95 % interval over prompts")
     figure, axes = plt.subplots(len(run.conditions), 3, figsize=(4.6, 6.6), layout="constrained")
