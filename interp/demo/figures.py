@@ -69,13 +69,21 @@ def swap_pictures(run: Run) -> "Figure":
 
 
 def swap_sentence(swap: xr.Dataset) -> str:
-    """Say in a sentence which prompt won here, by each metric."""
+    """Say in a sentence which prompt won here, by each metric, with 95 % intervals."""
+    from interp.reproduction.measures import Estimate
+
+    def told(mean: str, interval: str, **where: str) -> Estimate:
+        low, high = swap[interval].sel(where).values
+        return Estimate(float(swap[mean].sel(where)), float(low), float(high), swap.sizes["pair"])
+
     said = []
     for metric in map(str, swap["metric"].values):
-        mean = swap["alignment_mean"].sel(metric=metric, image="swap")
-        source, target = float(mean.sel(text="source")), float(mean.sel(text="target"))
-        wins = float(swap["target_wins"].sel(metric=metric))
-        said.append(f"by {metric}: {source:.2f} with A, {target:.2f} with B, B wins in {wins:.0%} of the pairs")
+        source, target = (
+            told("alignment_mean", "alignment_interval", metric=metric, image="swap", text=text).text(2)
+            for text in ("source", "target")
+        )
+        wins = told("target_wins", "target_wins_interval", metric=metric).percent()
+        said.append(f"by {metric}: {source} with A, {target} with B, B wins in {wins} of the pairs")
     return "Alignment of the swapped picture " + "; ".join(said) + "."
 
 

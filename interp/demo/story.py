@@ -128,9 +128,12 @@ def removal_table(run: Run, seconds: dict[str, float]) -> pd.DataFrame:
     """What removing the text late costs and saves: one row a share of the steps, means over the prompts.
 
     Columns: share removed (%), forward passes a picture, passes saved (%), seconds a picture, seconds saved (%),
-    alignment by CLIP (cosine) and by the attribute judge (share of named attributes), L1 to the baseline (% of range).
+    alignment by CLIP (cosine) and by the attribute judge (share of named attributes), L1 to the baseline (% of range),
+    these three with the bounds of their bootstrap 95 % intervals over prompts ("… low", "… high").
     """
     import numpy as np
+
+    from interp.reproduction.measures import estimate
 
     names = ["baseline", *(f"text removed for the last {share} %" for share in REMOVED)]
     baseline = run.condition("baseline")
@@ -139,7 +142,13 @@ def removal_table(run: Run, seconds: dict[str, float]) -> pd.DataFrame:
     rows = []
     for share, name in zip((0, *REMOVED), names, strict=True):
         part = run.condition(name)
-        scores = part.scores.mean("sample")
+        prompts = part.samples["prompt_id"].to_numpy()
+        values = {
+            "CLIP": part.scores.sel(metric="clip:prompt").values,
+            "judge": part.scores.sel(metric="judge:prompt").values,
+            "L1 to baseline %": 100 * np.abs(part.images.values - pictures).mean((1, 2, 3)) / 255,
+        }
+        measured = {k: estimate(v, prompts) for k, v in values.items()}
         spent, base = seconds.get(name, np.nan), seconds.get("baseline", np.nan)
         rows.append(
             {
@@ -148,41 +157,52 @@ def removal_table(run: Run, seconds: dict[str, float]) -> pd.DataFrame:
                 "passes saved %": 100 * (1 - passes[name] / passes["baseline"]),
                 "seconds": spent,
                 "seconds saved %": 100 * (1 - spent / base),
-                "CLIP": float(scores.sel(metric="clip:prompt")),
-                "judge": float(scores.sel(metric="judge:prompt")),
-                "L1 to baseline %": 100 * float(np.abs(part.images.values - pictures).mean()) / 255,
+                **{k: e.value for k, e in measured.items()},
+                **{f"{k} {side}": getattr(e, side) for k, e in measured.items() for side in ("low", "high")},
             }
         )
     return pd.DataFrame(rows)
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table as texts: passes and percentages as whole numbers, the rest with two digits."""
+    """Return the table as texts: passes and percentages as whole numbers, the rest with two digits; with intervals."""
     whole = ("text removed last %", "passes", "passes saved %", "seconds saved %")
-    return pd.DataFrame(
-        {
-            c: ["–" if v != v else f"{v:.0f}" if c in whole else f"{v:.2f}" for v in column]
-            for c, column in table.items()
-        }
-    )
+    texts: dict[str, list[str]] = {}
+    for name, column in table.items():
+        if str(name).endswith((" low", " high")):
+            continue
+        texts[str(name)] = ["–" if v != v else f"{v:.0f}" if name in whole else f"{v:.2f}" for v in column]
+        if f"{name} low" in table:
+            bounds = zip(texts[str(name)], table[f"{name} low"], table[f"{name} high"], strict=True)
+            texts[str(name)] = [f"{text} [{low:.2f}, {high:.2f}]" for text, low, high in bounds]
+    return pd.DataFrame(texts)
 
 
 def found(answers: Mapping[str, xr.Dataset], table: pd.DataFrame) -> list[str]:
     """Say in a sentence each what the run shows, with its numbers."""
-    variation = answers["frequency_energy"].variation.mean("sample")
-    middle = variation.isel(step=variation.sizes["step"] // 2)
-    low, high = (float(middle.sel(band=band)) for band in ("low", "high"))
-    mass = answers["attention_mass"].mass.mean(["sample", "step", "layer"])
-    beyond = float(mass.sel(role=["eos", "pad"]).sum())
-    late = table.iloc[-2]
+    from interp.reproduction.measures import Estimate, estimate
+
+    energy = answers["frequency_energy"]
+    middle = energy.variation.isel(step=energy.sizes["step"] // 2)
+    prompts = energy["prompt_id"].values
+    low, high = (estimate(middle.sel(band=band).values, prompts).text(2) for band in ("low", "high"))
+    mass = answers["attention_mass"].mass.mean(["step", "layer"])
+    shares = {"words": ["word"], "beyond": ["eos", "pad"], "start": ["bos"]}
+    got = {
+        k: estimate(mass.sel(role=r).sum("role").values, mass["prompt_id"].values).percent() for k, r in shares.items()
+    }
+    late, whole = (
+        (row, Estimate(row["judge"], row["judge low"], row["judge high"], 0).percent())
+        for row in (table.iloc[-2], table.iloc[0])
+    )
     return [
         f"Shape before detail: half-way, the low frequencies are {low:.2f} of their norm away from the final latent, the high "
         f"ones {high:.2f}.",
-        f"Words get {float(mass.sel(role='word')):.0%} of the attention, end-of-text and its padding {beyond:.0%}, the start "
-        f"token {float(mass.sel(role='bos')):.0%}.",
-        f"The text has its say early: left out for the last {late['text removed last %']:.0f} % of the steps, it saves "
-        f"{late['passes saved %']:.0f} % of the forward passes, and the judge sees {late['judge']:.0%} of what was asked "
-        f"where it saw {table['judge'].iloc[0]:.0%} before.",
+        f"Words get {got['words']} of the attention, end-of-text and its padding {got['beyond']}, the start token "
+        f"{got['start']}.",
+        f"The text has its say early: left out for the last {late[0]['text removed last %']:.0f} % of the steps, it saves "
+        f"{late[0]['passes saved %']:.0f} % of the forward passes, and the judge sees {late[1]} of what was asked where it saw "
+        f"{whole[1]} before. (Brackets: bootstrap 95 % intervals over these few prompts.)",
     ]
 
 
