@@ -256,15 +256,16 @@ add_command(app)
 
 
 def _long_table(result: Any) -> Any:
-    """One row a number: `variable`, the dims that it has, `value`; pictures are left out."""
+    """One row a number: `variable`, the dims that it has, `value`, and the labels of these; pictures are left out."""
     import pandas as pd
 
     parts = []
     for name, array in result.data_vars.items():
         if array.dtype.kind in "fiub" and array.dtype != "uint8":
-            values = array.drop_vars([c for c in array.coords if c not in array.dims])
-            parts.append(values.to_series().rename("value").reset_index().assign(variable=name))
-    return pd.concat(parts)[lambda t: ["variable", *(c for c in t if c not in ("variable", "value")), "value"]]
+            parts.append(array.to_dataframe("value").reset_index().assign(variable=name))
+    table = pd.concat(parts)
+    first = ["variable", *(d for d in map(str, result.sizes) if d in table), "value"]
+    return table[[*first, *(c for c in table if c not in first)]]
 
 
 def main() -> None:

@@ -58,5 +58,6 @@ def test_the_package_installs_and_passes_its_own_tests(tmp_path):
     assert "contrast  " in run("-m", "interp.cli", "probes")
     out = [piece for suffix in ("png", "csv", "zarr") for piece in ("--out", f"contrast.{suffix}")]
     run("-m", "interp.cli", "probe", "contrast", "run.zarr", "--param", "distance=2", *out)
-    assert (tmp_path / "contrast.csv").read_text().startswith("variable,sample,step,value\ncontrast,0,0,")
+    written = (tmp_path / "contrast.csv").read_text()
+    assert written.startswith("variable,sample,step,value,") and "\ncontrast,0,0," in written
     assert (tmp_path / "contrast.png").stat().st_size > 1000 and (tmp_path / "contrast.zarr" / "zarr.json").exists()
