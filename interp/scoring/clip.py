@@ -100,4 +100,6 @@ def loaded(kind: Any, name: str, what: str, option: str) -> Any:
         return kind.from_pretrained(name, **settings)
     except Exception as error:  # the Hub client raises a dozen types for "not there"
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InterpError(f"cannot load the {what} model {name!r} ({first}); name another by {option}") from error
+        raise InterpError(
+            f"cannot load the {what} model {name!r} ({first}); name another by {option}, a Hub id or a folder"
+        ) from error
