@@ -10,7 +10,7 @@ from interp.errors import InterpError
 from interp.families import Arguments, Family
 from interp.interventions.encoder import encoder_layers
 from interp.stores import Group, TokenTable
-from interp.stores.schema import text_group
+from interp.stores.groups import text_group
 from interp.tokens import Tokens, select_tokens, tokenize
 
 

@@ -94,7 +94,7 @@ def verify(
     from interp.stores.integrity import check, repair_run
 
     opened = open_run(path)
-    problems = check(opened)
+    problems = check(opened, progress=True)
     for problem in problems:
         print(problem)
     print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'} found")

@@ -18,7 +18,7 @@ from interp.families import Arguments, Family
 from interp.interventions import Intervention
 from interp.loading import origin
 from interp.stores import Group, TokenTable
-from interp.stores.schema import attention_group, images_group, site_group, text_group, trajectory_group
+from interp.stores.groups import attention_group, images_group, site_group, text_group, trajectory_group
 from interp.stores.table import ROLES
 
 

@@ -13,7 +13,7 @@ from interp.errors import InterpError
 from interp.families import Arguments, Family, find_family
 from interp.loading import load
 from interp.stores import Run
-from interp.stores.schema import x0_group
+from interp.stores.groups import x0_group
 
 AT_ONCE = 8
 """Pictures decoded together."""

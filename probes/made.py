@@ -10,7 +10,7 @@ import xarray as xr
 
 from interp.probes.conditions import steps_of
 from interp.stores import Run, synthetic_run
-from interp.stores.schema import x0_group
+from interp.stores.groups import x0_group
 
 
 def swap_run(samples: int = 4, **kwargs: Any) -> Run:

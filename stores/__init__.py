@@ -9,20 +9,11 @@ run = synthetic_run(samples=4)      # a run to try things on, without a model
 
 from interp.stores.create import create_run
 from interp.stores.errors import InterpError, StoreError
+from interp.stores.groups import attention_group, images_group, site_group, text_group, trajectory_group
 from interp.stores.integrity import verify
 from interp.stores.opening import open_run
 from interp.stores.reader import Run
-from interp.stores.schema import (
-    Array,
-    Group,
-    Layout,
-    TokenTable,
-    attention_group,
-    images_group,
-    site_group,
-    text_group,
-    trajectory_group,
-)
+from interp.stores.schema import Array, Group, Layout, TokenTable
 from interp.stores.synthetic import synthetic_run
 from interp.stores.table import DONE, FAILED, FORMAT, TABLE, TODO
 from interp.stores.validation import validate

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from interp.stores.errors import StoreError
 
+MOST_JOBS = 1024
+"""Jobs that wait at most: small ones take more memory than the bytes that they hold."""
+
 
 @dataclass
 class Job:
@@ -17,7 +20,7 @@ class Job:
 
 
 class Background:
-    """Runs jobs in order in one thread. `submit` waits while more than `limit` bytes are queued.
+    """Runs jobs in order in one thread. `submit` waits while more than `limit` bytes, or `MOST_JOBS`, are queued.
 
     When nothing is queued, `rest` is called: it does what earlier jobs put off. After a job has raised, the others are
     dropped and every further call raises StoreError with its message.
@@ -41,7 +44,7 @@ class Background:
     def submit(self, do: Callable[[], None], nbytes: int = 0) -> None:
         """Queue a job; wait while its bytes would pass the limit (a job alone always enters)."""
         with self._changed:
-            self._changed.wait_for(lambda: self._error or not self._bytes or self._bytes + nbytes <= self.limit)
+            self._changed.wait_for(lambda: self._error or self._has_room(nbytes))
             self.check()
             if self._closing:
                 raise StoreError("this run is closed for writing; create_run(...) again to go on with it")
@@ -49,6 +52,9 @@ class Background:
             self._bytes += nbytes
             self.peak = max(self.peak, self._bytes)
             self._changed.notify_all()
+
+    def _has_room(self, nbytes: int) -> bool:
+        return (not self._bytes or self._bytes + nbytes <= self.limit) and len(self._jobs) < MOST_JOBS
 
     def check(self) -> None:
         """Raise StoreError if an earlier job failed."""

@@ -2,6 +2,8 @@
 endian.
 """
 
+import math
+
 import google_crc32c
 import numpy as np
 from numcodecs.blosc import Blosc
@@ -11,6 +13,8 @@ from interp.stores.chunks import fill_value
 
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE, blocksize=0)
 _TEXT = VLenUTF8()
+MOST_GAIN = 300
+"""How many times smaller lz4 can make anything, generously."""
 
 
 class ChecksumError(ValueError):
@@ -51,13 +55,30 @@ def encode_parts(values: np.ndarray, *, compress: bool) -> tuple[bytes | memoryv
 
 def decode(data: bytes, dtype: str, shape: tuple[int, ...], *, compress: bool) -> np.ndarray:
     """Decode one whole chunk into a fresh array; ChecksumError if it is damaged."""
-    body, stored = data[:-4], data[-4:]
+    values = decoded(data, dtype, shape, compress=compress)
+    return values if dtype == "str" else values.copy()
+
+
+def decoded(data: bytes, dtype: str, shape: tuple[int, ...], *, compress: bool) -> np.ndarray:
+    """Decode one whole chunk, of numbers into an array that cannot be written to; ChecksumError if it is damaged."""
+    body, stored = np.frombuffer(data, "uint8")[:-4], data[-4:]
     if len(data) < 4 or _checksum(body) != stored:
         raise ChecksumError("its bytes do not agree with their checksum")
-    raw = _BLOSC.decode(body) if compress else body
+    size = None if dtype == "str" else math.prod(shape) * np.dtype(dtype).itemsize
+    raw = _decompressed(body, size) if compress else body.data
     if dtype == "str":
         return np.asarray(_TEXT.decode(raw), object).reshape(shape)
-    return np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).reshape(shape).copy()
+    if len(raw) != size:
+        raise ChecksumError(f"it holds {len(raw):,} bytes instead of {size:,}")
+    return np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).reshape(shape)
+
+
+def _decompressed(body: np.ndarray, size: int | None) -> bytes:
+    """Decompress, after a look at the size which the bytes claim: nothing is allocated for a false one."""
+    claimed = int.from_bytes(body[4:8].tobytes(), "little")
+    if (claimed != size) if size is not None else (claimed > MOST_GAIN * len(body)):
+        raise ChecksumError(f"it claims to hold {claimed:,} bytes")
+    return bytes(_BLOSC.decode(body))
 
 
 def padded(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
+from tqdm import tqdm
 
 from interp.stores.chunks import placement_of
 from interp.stores.codec import ChecksumError, decode
@@ -22,6 +23,9 @@ from interp.stores.validation import validate
 
 if TYPE_CHECKING:
     from interp.stores.reader import Run
+
+DELAY = 1.0
+"""Seconds after which a bar appears."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,15 @@ def verify(run: "Run") -> list[str]:
     return [str(problem) for problem in check(run)]
 
 
-def check(run: "Run") -> list[Problem]:
-    """Do what `verify` does; the problems name their sample as a number too."""
+def check(run: "Run", *, progress: bool = False) -> list[Problem]:
+    """Do what `verify` does; the problems name their sample as a number too. `progress`: show a bar on stderr."""
     try:
-        return _check(run)
+        return _check(run, progress=progress)
     except Exception as error:  # whatever xarray and zarr make of metadata that contradict each other
         return [Problem(None, "", f"the run's metadata cannot be followed: {type(error).__name__}: {error}")]
 
 
-def _check(run: "Run") -> list[Problem]:
+def _check(run: "Run", *, progress: bool) -> list[Problem]:
     local = run.path if isinstance(run.path, Path) and run.path.is_dir() else None
     listed = read_root(local)["consolidated_metadata"]["metadata"] if local else {}
     tables = list(_tables(local, listed) if local else _coords(run.tree))
@@ -67,20 +71,16 @@ def _check(run: "Run") -> list[Problem]:
     known = {0, DONE, FAILED}
     problems += [Problem(int(n), "status", f"sample {n} has status {s}; known are 0, 1, 2")
                  for n, s in zip(numbers, status, strict=True) if s not in known]  # fmt: skip
-    for node in run.tree.subtree:
-        data = node.to_dataset(inherit=True)
-        if node.path == "/":
-            continue
-        for name, array in data.data_vars.items():
-            path = f"{node.path.strip('/')}/{name}"
-            if array.dims[:1] != ("sample",):
-                continue
-            for at in np.flatnonzero(status == DONE):
-                number = int(numbers[at])
-                texts = _files(local / path, path, listed[path], number) if local and path in listed else []
-                evaluated = _evaluated(run, int(at)) if not tables else None  # which goes by their labels
-                texts += _values(path, array, int(at), number, evaluated)
-                problems += [Problem(number, path, text) for text in texts]
+    arrays = {f"{node.path.strip('/')}/{name}": array for node in run.tree.subtree if node.path != "/"
+              for name, array in node.to_dataset(inherit=True).data_vars.items() if array.dims[:1] == ("sample",)}  # fmt: skip
+    finished = np.flatnonzero(status == DONE).tolist()
+    for at in tqdm(finished, unit="sample", delay=DELAY, leave=False) if progress else finished:
+        number = int(numbers[at])
+        evaluated = _evaluated(run, at) if not tables else None  # which goes by their labels
+        for path, array in arrays.items():
+            texts = _files(local / path, path, listed[path], number) if local and path in listed else []
+            texts += _values(path, array, at, number, evaluated)
+            problems += [Problem(number, path, text) for text in texts]
     return problems
 
 

@@ -11,6 +11,7 @@ from interp.stores.errors import StoreError
 from interp.stores.identity import check_format, identify
 from interp.stores.integrity import broken_tables
 from interp.stores.reader import Run
+from interp.stores.tree import read_tree
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -33,10 +34,12 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 
         source: Any = zarr_store(text)
     else:
-        identify(Path(text), advice)
+        root = identify(Path(text), advice)
         source = text
     try:
-        tree = xr.open_datatree(source, engine="zarr", chunks=None, consolidated=True)
+        tree = None if elsewhere else read_tree(Path(text), root)
+        if tree is None:  # xarray's own reader: for every store that Zarr knows, and arrays of others in a run
+            tree = xr.open_datatree(source, engine="zarr", chunks=None, consolidated=True)
     except Exception as error:  # whatever xarray and zarr make of damaged metadata or coordinates
         found = ""
         if not elsewhere:

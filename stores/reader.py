@@ -13,14 +13,11 @@ import xarray as xr
 from interp.stores.added import add_group
 from interp.stores.describe import describe
 from interp.stores.errors import StoreError, nearest
+from interp.stores.labels import as_python, axes_of, labelled
 from interp.stores.schema import Group
 from interp.stores.scores import write_scores
-from interp.stores.select import positions, unstack
+from interp.stores.select import matching, positions, unstack
 from interp.stores.table import DONE, TOKEN_FILL
-from interp.stores.widening import widened
-
-FEW_LABELS = 1 << 15
-"""Labels of one coordinate that are read as a whole when an array is first asked for."""
 
 _CAPTURED_BY = {
     "latents": "Capture(latents=True)",
@@ -44,8 +41,8 @@ class Run:
         self.path = path
         self._rows = rows
         """Numbers in the stored run of a selection's samples; None for a whole run."""
-        self._known: set[str] = set()
-        """Nodes whose labels have been read."""
+        self._labelled_arrays: dict[str, tuple[xr.Variable, xr.DataArray]] = {}
+        """By path: a variable of the tree, and the array made of it, of which copies are given out."""
 
     # The table of samples
 
@@ -58,7 +55,7 @@ class Run:
     def samples(self) -> pd.DataFrame:
         """The table of samples: prompt, seed, condition, status, …, one row a sample (index `sample`)."""
         root = self.tree.to_dataset(inherit=False)
-        columns = {str(n): _python(v.values) for n, v in root.data_vars.items() if v.dims == ("sample",)}
+        columns = {str(n): as_python(v.values) for n, v in root.data_vars.items() if v.dims == ("sample",)}
         return pd.DataFrame(columns, index=pd.Index(root["sample"].values, name="sample"))
 
     def __len__(self) -> int:
@@ -184,25 +181,7 @@ class Run:
 
         >>> run.sel(condition="baseline", seed=[0, 1])  # doctest: +SKIP
         """
-        table = self.samples
-        keep = np.ones(len(table), bool)
-        for name, value in columns.items():
-            if name not in table.columns:
-                known = sorted(str(c) for c in table.columns)
-                raise StoreError(
-                    f"samples have no column {name!r}{nearest(name, known)}; they have: {', '.join(known)}"
-                )
-            many = isinstance(value, Iterable) and not isinstance(value, str)
-            wanted = list(value) if many else [value]
-            absent = [v for v in wanted if not (table[name] == v).any()]
-            if absent:
-                known = [str(v) for v in dict.fromkeys(table[name])]
-                more = "" if len(known) <= 8 else f" and {len(known) - 8} more"
-                hint = nearest(str(absent[0]), known)
-                shown = f"{', '.join(known[:8])}{more}"
-                raise StoreError(f"no sample has {name} {absent[0]!r}{hint}; there are: {shown}")
-            keep &= table[name].isin(wanted).to_numpy()
-        return self.isel(keep)
+        return self.isel(matching(self.samples, columns))
 
     def condition(self, name: str) -> "Run":
         """Return the run of the samples made under one condition."""
@@ -277,24 +256,15 @@ class Run:
 
     def _labelled(self, node: xr.DataTree, name: str) -> xr.DataArray:
         """Return a variable whose samples have their condition, prompt_id and seed; half precision as float32."""
-        self._read_labels(node)
-        return widened(node.data_vars[name]).assign_coords(self._axes)
-
-    def _read_labels(self, node: xr.DataTree) -> None:
-        """Read a node's coordinates, if there are not too many, into the tree: else every sample's array reads a dozen."""
-        if node.path in self._known:
-            return
-        self._known.add(node.path)
-        data = node.to_dataset(inherit=False)
-        few = {n: c.compute() for n, c in data.coords.items() if c.size <= FEW_LABELS and n not in data.indexes}
-        if few:
-            node.dataset = data.assign_coords(few)
+        path, variable = f"{node.path}/{name}", node.variables[name]
+        known = self._labelled_arrays.get(path)
+        if known is None or known[0] is not variable:
+            known = self._labelled_arrays[path] = variable, labelled(node, name, self._axes)
+        return known[1].copy(deep=False)  # what one reader loads is not kept for the next
 
     @cached_property
     def _axes(self) -> dict[str, xr.DataArray]:
-        root = self.tree.to_dataset(inherit=False)
-        found = {n: root[n] for n in ("condition", "prompt_id", "seed") if n in root}
-        return {n: v.compute() if v.size <= FEW_LABELS else v for n, v in found.items()}
+        return axes_of(self.tree)
 
     def _attention_node(self, grid: str | None) -> xr.DataTree:
         grids = self.grids
@@ -311,8 +281,3 @@ class Run:
         has = [str(p.path).strip("/") + "/" + str(v) for p in self.tree.subtree if p.path != "/" for v in p.data_vars]
         fix = f"trace again with {field}" if field else "trace again"
         return StoreError(f"{name} was asked for, but this run did not capture it; it has: {', '.join(has)}; {fix}")
-
-
-def _python(values: np.ndarray) -> np.ndarray:
-    """Return text as Python strings, which pandas turns into its own; numbers as they are."""
-    return values if values.dtype.kind in "iufb" else values.astype(object)

@@ -1,13 +1,14 @@
 """Choose samples by position, and arrange them as condition × prompt_id × seed."""
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from interp.stores.errors import StoreError
+from interp.stores.errors import StoreError, nearest
 
 _AXES = ("condition", "prompt_id", "seed")
 
@@ -30,6 +31,25 @@ def positions(sample: Any, n: int) -> np.ndarray:
     if len(bad):
         raise StoreError(f"sample {bad[0]} was asked for, but there are {n}, numbered from 0 to {n - 1}")
     return chosen % n if n else chosen
+
+
+def matching(table: pd.DataFrame, columns: Mapping[str, Any]) -> np.ndarray:
+    """Return which rows of the table of samples have these values in these columns; a list means any of them."""
+    keep = np.ones(len(table), bool)
+    for name, value in columns.items():
+        if name not in table.columns:
+            known = sorted(str(c) for c in table.columns)
+            raise StoreError(f"samples have no column {name!r}{nearest(name, known)}; they have: {', '.join(known)}")
+        many = isinstance(value, Iterable) and not isinstance(value, str)
+        wanted = list(value) if many else [value]
+        absent = [v for v in wanted if not (table[name] == v).any()]
+        if absent:
+            known = [str(v) for v in dict.fromkeys(table[name])]
+            more = "" if len(known) <= 8 else f" and {len(known) - 8} more"
+            hint = nearest(str(absent[0]), known)
+            raise StoreError(f"no sample has {name} {absent[0]!r}{hint}; there are: {', '.join(known[:8])}{more}")
+        keep &= table[name].isin(wanted).to_numpy()
+    return keep
 
 
 def unstack(tree: xr.DataTree, table: pd.DataFrame) -> xr.DataTree:

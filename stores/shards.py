@@ -115,7 +115,7 @@ def read_index(path: Path, placement: Placement) -> np.ndarray:
     """Return offset and length of every inner chunk, (*grid, 2); ChecksumError if the index is damaged."""
     shape = (*placement.grid, 2)
     size = int(np.prod(shape)) * 8 + 4
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         if file.seek(0, os.SEEK_END) < size:
             raise ChecksumError("it is shorter than its index")
         file.seek(-size, os.SEEK_END)

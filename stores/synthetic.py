@@ -10,15 +10,8 @@ import numpy as np
 
 from interp.stores.create import create_run
 from interp.stores.errors import StoreError
-from interp.stores.schema import (
-    Group,
-    Layout,
-    TokenTable,
-    attention_group,
-    images_group,
-    text_group,
-    trajectory_group,
-)
+from interp.stores.groups import attention_group, images_group, text_group, trajectory_group
+from interp.stores.schema import Group, Layout, TokenTable
 from interp.stores.writer import RunWriter, to_do
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from interp.stores.errors import StoreError
+from interp.stores.groups import attention_group, images_group, trajectory_group
 from interp.stores.integrity import verify
-from interp.stores.schema import Layout, TokenTable, attention_group, images_group, trajectory_group
+from interp.stores.schema import Layout, TokenTable
 from interp.stores.synthetic import synthetic_run
 from interp.stores.table import DONE, FAILED, TODO
 from interp.stores.validation import validate

@@ -9,8 +9,9 @@ import numpy as np
 
 from interp.stores.chunks import fill_value
 from interp.stores.errors import StoreError, nearest
+from interp.stores.groups import thumb_factor
 from interp.stores.rounding import ATTRIBUTE, rounded
-from interp.stores.schema import Array, Layout, TokenTable, thumb_factor
+from interp.stores.schema import Array, Layout, TokenTable
 from interp.stores.table import DONE, FAILED, TODO
 
 if TYPE_CHECKING:

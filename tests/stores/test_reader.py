@@ -1,6 +1,7 @@
 """Runs are lazy, selections are runs, shortcuts say what they lack, damage is found."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from interp.stores import StoreError, open_run, synthetic_run, validate, verify
 
@@ -53,6 +56,62 @@ def test_nothing_is_loaded_at_opening(stored):
     assert run.done.latents.variable._in_memory is False
     assert "Run" in repr(run)
     assert not run.latents.variable._in_memory
+
+
+def test_the_tree_is_that_of_plain_xarray(stored):
+    tree, plain = open_run(stored).tree, xr.open_datatree(stored, engine="zarr", chunks=None)
+    assert tree.identical(plain)
+    for node in plain.subtree:
+        ours, theirs = tree[node.path].to_dataset(inherit=False), node.to_dataset(inherit=False)
+        assert [(n, v.dtype) for n, v in ours.variables.items()] == [(n, v.dtype) for n, v in theirs.variables.items()]
+        assert [*ours.indexes] == [*theirs.indexes]
+
+
+def pick(draw, size):
+    """Draw something to select along a dim of `size`: a number, a slice either way, or numbers in any order."""
+    number = st.integers(-size, size - 1)
+    forth = st.builds(slice, number, number, st.integers(1, 3))
+    back = st.builds(slice, st.just(None), st.just(None), st.integers(-3, -1))  # xarray fails at empty ones
+    return draw(number | forth | back | st.lists(number, max_size=4))
+
+
+@pytest.fixture(scope="module")
+def both(stored):
+    """The same run by our reader and, in memory, by xarray's own."""
+    return open_run(stored).tree, xr.open_datatree(stored, engine="zarr", chunks=None).load()
+
+
+@settings(max_examples=150, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_selection_reads_what_zarr_reads(both, data):
+    """Numbers, slices, lists, also repeated and backwards, of arrays in shards, whole files, shared chunks and tables."""
+    names = ["attention/8x8/probs", "trajectory/latents", "images/thumb", "attention/4x4/token_text", "scores/score"]
+    name = data.draw(st.sampled_from(names))
+    ours, theirs = (tree[name] for tree in both)
+    key = {d: pick(data.draw, n) for d, n in ours.sizes.items() if data.draw(st.booleans())}
+    found = ours.copy(deep=False).isel(key).values  # the tree itself would keep what was read
+    np.testing.assert_array_equal(found, theirs.isel(key).values, err_msg=str(key))
+
+
+def test_an_opened_run_travels_and_tells_of_damage(tmp_path):
+    run = synthetic_run(path=tmp_path / "r.zarr", samples=2)
+    file = next(p for p in (tmp_path / "r.zarr/trajectory/latents/c").rglob("*") if p.is_file())
+    travelled, whole = pickle.dumps(open_run(run.path).tree), file.read_bytes()
+    file.write_bytes(whole[:-1] + b"?")
+    with pytest.raises(StoreError, match=r"latents/c/\d/.* cannot be read: .*checksum.* interp verify"):
+        run.latents.load()
+    file.write_bytes(whole)
+    there = pickle.loads(travelled)["trajectory/latents"]  # noqa: S301  our own
+    np.testing.assert_array_equal(there, run.latents)
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+def test_arrays_in_another_encoding_are_read_by_xarray(tmp_path):
+    run = synthetic_run(path=tmp_path / "r.zarr", samples=2)
+    xr.Dataset({"theirs": ("x", [1.0])}).to_zarr(run.path, group="extra", mode="w", consolidated=False)
+    zarr.consolidate_metadata(run.path)
+    assert open_run(run.path).tree["extra/theirs"].item() == 1
+    np.testing.assert_array_equal(open_run(run.path).latents, run.latents)
 
 
 def test_selections_are_runs(run):
