@@ -85,8 +85,7 @@ class Intervention:
         """Return the sampling steps within the window.
 
         Raises:
-            InterpError: the window lies outside the run, or between two of its steps. One that ends where it starts
-                holds no step by intent.
+            InterpError: the window lies outside the run.
         """
         count = len(timeline)
         if self.unit in ("fraction", "step"):
@@ -95,12 +94,6 @@ class Intervention:
             last = count if self.stop is None else math.ceil(self.stop * scale - 1e-9)
             if first < 0 or first > count or last > count:
                 raise InterpError(f"{self!r}: the window is outside the run, which has the steps 0–{count - 1}")
-            begin, end = self.start or 0, count / scale if self.stop is None else self.stop
-            if first >= last and begin < end:
-                raise InterpError(
-                    f"{self!r}: none of the run's {count} steps begins within the window [{begin:g}, {end:g}): step k begins "
-                    f"at {'k' if self.unit == 'step' else f'k/{count}'}; widen the window, or leave the intervention out"
-                )
             return frozenset(range(first, last))
         levels = timeline.sigma if self.unit == "sigma" else timeline.timestep
         first_level = math.inf if self.start is None else self.start
@@ -109,14 +102,7 @@ class Intervention:
             raise InterpError(
                 f"{self!r}: the window is outside the run, whose {self.unit} falls from {levels[0]:.4g} to {levels[-1]:.4g}"
             )
-        found = frozenset(i for i, level in enumerate(levels) if first_level >= level > last_level)
-        if not found and first_level > last_level:
-            near = min(levels, key=lambda level: min(abs(level - first_level), abs(level - last_level)))
-            raise InterpError(
-                f"{self!r}: none of the run's {count} steps lies within the window; the nearest is at {self.unit} {near:.4g}; "
-                "widen the window, or leave the intervention out"
-            )
-        return found
+        return frozenset(i for i, level in enumerate(levels) if first_level >= level > last_level)
 
     def identity(self) -> Self:
         """Return this intervention with fields that change nothing: an empty window, unless it says otherwise."""

@@ -45,11 +45,12 @@ def evaluated_branches(interventions: Sequence[Intervention], timeline: Timeline
 
 
 def _check_window(one: Intervention, timeline: Timeline) -> None:
-    """A window between two steps holds none, which is seldom meant; one that is empty by itself is."""
-    ends = {"fraction": 1, "step": len(timeline)}.get(one.unit)
-    empty = (one.start is not None and one.start in (one.stop, ends)) or (ends is not None and one.stop == 0)
+    """A window that holds no step is seldom meant; one that ends where it begins is, and so are the shares 1.0 and 0.0."""
+    share = one.unit == "fraction"
+    empty = (one.start is not None and one.start in (one.stop, 1 if share else None)) or (share and one.stop == 0)
     if not empty and not one.steps(timeline):
-        warn(f"none of the run's {len(timeline)} steps lies in the window of {one!r}")
+        numbers = f", which are numbered from 0 to {len(timeline) - 1}," if one.unit == "step" else ""
+        warn(f"none of the run's {len(timeline)} steps{numbers} lies in the window of {one!r}, which changes nothing")
 
 
 def _check_owners(claimed: Sequence[tuple[Intervention, Mapping[str, frozenset[int]]]]) -> None:

@@ -129,11 +129,14 @@ def test_a_prompt_that_no_encoder_reads():
 def test_a_window_between_two_steps_is_told():
     with pytest.warns(UserWarning, match=r"none of the run's 4 steps lies in the window of RemoveText\(start=0.8\)"):
         planned(interp.RemoveText(start=0.8))
+    for window in ({"start": 4}, {"start": 2.5, "stop": 2.6}, {"stop": 0}):
+        with pytest.warns(UserWarning, match="4 steps, which are numbered from 0 to 3, lies in .* changes nothing"):
+            planned(interp.RemoveText(**window, **UNIT))
     with warnings.catch_warnings(action="error"):
         for window in (
             {"start": 1.0},
             {"stop": 0.0},
-            {"start": 4, **UNIT},
+            {"start": 4, "stop": 4, **UNIT},
             {"start": 0.3, "stop": 0.3},
             {"start": 0.75},
         ):
