@@ -209,9 +209,10 @@ class Recorder:
     def _append(self, step: int, arrays: dict[str, np.ndarray]) -> None:
         if TIMESTEP in arrays:
             self._check_time(step, float(arrays.pop(TIMESTEP)[0]))
+        rows, samples = [row for row, _ in self._written], [i for _, i in self._written]
         for name, values in arrays.items():
-            for row, i in self._written:
-                self.writer.append(i, name, values[row])
+            if samples:
+                self.writer.append_together(samples, name, values if len(rows) == len(values) else values[rows])
 
     def rehearse(self, step: int, branches: Sequence[str]) -> None:
         """Reduce what was kept of a step on tensors without data; nothing is written."""

@@ -42,7 +42,7 @@ class Background:
         self._thread.start()
 
     def submit(self, do: Callable[[], None], nbytes: int = 0) -> None:
-        """Queue a job; wait while its bytes would pass the limit (a job alone always enters)."""
+        """Queue a job; wait while its bytes would pass the limit (a job alone, or one without bytes, always enters)."""
         with self._changed:
             self._changed.wait_for(lambda: self._error or self._has_room(nbytes))
             self.check()
@@ -54,7 +54,7 @@ class Background:
             self._changed.notify_all()
 
     def _has_room(self, nbytes: int) -> bool:
-        return (not self._bytes or self._bytes + nbytes <= self.limit) and len(self._jobs) < MOST_JOBS
+        return (not (nbytes and self._bytes) or self._bytes + nbytes <= self.limit) and len(self._jobs) < MOST_JOBS
 
     def check(self) -> None:
         """Raise StoreError if an earlier job failed."""

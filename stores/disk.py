@@ -12,6 +12,7 @@ from interp.stores.background import Background
 from interp.stores.blocks import Block
 from interp.stores.chunks import placement_of
 from interp.stores.codec import encode_parts
+from interp.stores.errors import StoreError
 from interp.stores.files import PARTIAL, publish, sweep, write_partial
 from interp.stores.growth import grow_files
 from interp.stores.identity import read_root
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from interp.stores.reader import Run
 
 QUEUE_BYTES = 256 << 20
-SPARE = 4
+SPARE = 2
 PUT_OFF = 64
 """Most finished samples, and MiB of them, that wait to be made durable together."""
 
@@ -57,7 +58,7 @@ class DiskWriter(RunWriter):
             for name in self._metadata:
                 sweep(path / name)
         super().__init__(layout, read_status(path, self._metadata["status"]))
-        self._buffers: dict[tuple[int, str], np.ndarray | Block] = {}
+        self._buffers: dict[tuple[tuple[int, ...], str], np.ndarray | Block] = {}
         self._rows: dict[int, dict[str, np.ndarray]] = {}
         self._shards: dict[tuple[int, str], ShardFile] = {}
         self._closed_files: dict[int, list[tuple[Path, Path]]] = {}
@@ -127,51 +128,58 @@ class DiskWriter(RunWriter):
         self._status = np.concatenate([self._status, np.zeros(len(self.layout) - old, "int8")])
         return range(old, len(self.layout))
 
-    def _add(self, i: int, name: str, step: int, block: np.ndarray) -> None:
-        place, array = self._places[name], self._arrays[name]
+    def _add(self, samples: tuple[int, ...], name: str, step: int, blocks: np.ndarray) -> None:
+        place, array, key = self._places[name], self._arrays[name], (samples, name)
         size = place.inner[1] if place.inner else place.outer[1]
-        total = array.shape[1]
         start = step - step % size
-        buffer = self._buffers.get((i, name))
+        buffer = self._buffers.get(key)
         if buffer is None:
             self._background.check()
-            shape = (min(size, total - start), *array.shape[2:])
+            if step != start:
+                raise StoreError(
+                    f"samples {list(samples)} were not appended together before step {step} of {name}; go on as begun"
+                )
+            shape = (len(samples), min(size, array.shape[1] - start), *array.shape[2:])
             buffer = self._block(place.inner, shape, array.dtype) if place.inner else np.empty(shape, array.dtype)
-            self._buffers[i, name] = buffer
+            self._buffers[key] = buffer
         if isinstance(buffer, Block):
-            buffer.set_step(step - start, block)
+            buffer.set_step(step - start, blocks)
         else:
-            buffer[step - start] = block
-        if step - start + 1 == buffer.shape[0]:
-            del self._buffers[i, name]
-            self._send(i, name, start, buffer)
+            buffer[:, step - start] = blocks
+        if step - start + 1 == buffer.shape[1]:
+            del self._buffers[key]
+            self._send(samples, name, start, buffer)
 
     def _put(self, i: int, name: str, value: np.ndarray) -> None:
         place = self._places[name]
         if not place.inner:
-            self._send(i, name, 0, np.array(value))
+            self._send((i,), name, 0, np.array(value)[None])
             return
         for start in range(0, value.shape[0], place.inner[1]):
-            part = value[start : start + place.inner[1]]
+            part = value[None, start : start + place.inner[1]]
             block = self._block(place.inner, part.shape, value.dtype.name)
             block.set_all(part)
-            self._send(i, name, start, block)
+            self._send((i,), name, start, block)
 
     def _block(self, inner: tuple[int, ...], shape: tuple[int, ...], dtype: str) -> Block:
         """Return room to fill, a written block if there is any: fresh memory costs page faults."""
         try:
-            return self._spare[inner, shape, dtype].pop()
+            block = self._spare[inner, shape, dtype].pop()
         except (KeyError, IndexError):
             return Block(shape, inner[1:], dtype)
+        block.unwritten = shape[0]
+        return block
 
-    def _send(self, i: int, name: str, start: int, block: "np.ndarray | Block") -> None:
-        if isinstance(block, Block):
-            chunks = encoded(block, self._places[name])  # which begins at once, while earlier ones are written
-            self._background.submit(partial(self._write_steps, i, name, start, block, chunks), 2 * block.nbytes)
-        elif self._is_batched(name):
-            self._rows.setdefault(i, {})[name] = block
-        else:
-            self._background.submit(partial(self._write_sample, i, name, block), block.nbytes)
+    def _send(self, samples: tuple[int, ...], name: str, start: int, block: "np.ndarray | Block") -> None:
+        for k, i in enumerate(samples):
+            if isinstance(block, Block):
+                mine = block.chunks[k]
+                chunks = encoded(mine, self._places[name])  # which begins at once, while earlier ones are written
+                self._background.submit(partial(self._write_steps, i, name, start, block, chunks), 2 * mine.nbytes)
+            elif self._is_batched(name):
+                self._rows.setdefault(i, {})[name] = block[k]
+            else:
+                self._background.submit(partial(self._write_sample, i, name, block[k]), block[k].nbytes)
 
     def _is_batched(self, name: str) -> bool:
         """Whether samples share this array's chunks, which are then written along with `status`."""
@@ -183,7 +191,7 @@ class DiskWriter(RunWriter):
 
     def _forget(self, i: int) -> None:
         self._rows.pop(i, None)
-        for key in [k for k in self._buffers if k[0] == i]:
+        for key in [k for k in self._buffers if i in k[0]]:
             del self._buffers[key]
 
     def _finish(self, i: int, status: int, error: str) -> None:
@@ -200,10 +208,11 @@ class DiskWriter(RunWriter):
             if shard is None:
                 shard = ShardFile(self._partial(name, i), self._target(i, name), self._places[name])
                 self._shards[i, name] = shard
-            shard.add(start, block, chunks)
-        key = (self._places[name].inner or (), block.shape, block.chunks.dtype.name)
-        spare = self._spare.setdefault(key, deque(maxlen=SPARE))
-        spare.append(block)
+            shard.add(start, block.places, chunks)
+        block.unwritten -= 1
+        if not block.unwritten:
+            key = (self._places[name].inner or (), block.shape, block.chunks.dtype.name)
+            self._spare.setdefault(key, deque(maxlen=SPARE)).append(block)
 
     def _write_sample(self, i: int, name: str, block: np.ndarray) -> None:
         file, target = self._partial(name, i), self._target(i, name)

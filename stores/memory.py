@@ -61,11 +61,12 @@ class MemoryWriter(RunWriter):
         self._status = np.concatenate([self._status, np.zeros(more, "int8")])
         return range(old, old + more)
 
-    def _add(self, i: int, name: str, step: int, block: np.ndarray) -> None:
-        if name in self._repeats:
-            self._repeats[name].write(i, step, block)
-        else:
-            self._data[name][i, step] = block
+    def _add(self, samples: tuple[int, ...], name: str, step: int, blocks: np.ndarray) -> None:
+        for i, block in zip(samples, blocks, strict=True):
+            if name in self._repeats:
+                self._repeats[name].write(i, step, block)
+            else:
+                self._data[name][i, step] = block
 
     def _put(self, i: int, name: str, value: np.ndarray) -> None:
         if name in self._repeats:

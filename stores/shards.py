@@ -7,7 +7,7 @@ which every Zarr reader follows.
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from io import FileIO
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from interp.stores.blocks import Block
+from interp.stores.blocks import Block, Place
 from interp.stores.chunks import Placement
 from interp.stores.codec import ChecksumError, checksummed, decode, encode_parts
 from interp.stores.files import publish, write_back
@@ -34,12 +34,12 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(ENCODERS, thread_name_prefix="interp-encode")
 
 
-def encoded(block: Block, placement: Placement) -> Encoded:
-    """Encode the chunks of a block: a large one from now on in other threads, a small one when it is iterated over."""
+def encoded(chunks: np.ndarray, placement: Placement) -> Encoded:
+    """Encode chunks (chunk, …): large ones from now on in other threads, small ones when they are iterated over."""
     encoding = partial(encode_parts, compress=placement.compress)
-    if block.nbytes > POOLED_BYTES and len(block.places) > 1:
-        return _pool().map(encoding, block.chunks)
-    return map(encoding, block.chunks)
+    if chunks.nbytes > POOLED_BYTES and len(chunks) > 1:
+        return _pool().map(encoding, chunks)
+    return map(encoding, chunks)
 
 
 class ShardFile:
@@ -60,17 +60,17 @@ class ShardFile:
         assert self.placement.inner is not None
         inner = self.placement.inner[1:]
         for start in range(0, values.shape[0], inner[0]):
-            part = values[start : start + inner[0]]
+            part = values[None, start : start + inner[0]]
             block = Block(part.shape, inner, values.dtype.name)
             block.set_all(part)
-            self.add(start, block, encoded(block, self.placement))
+            self.add(start, block.places, encoded(block.chunks[0], self.placement))
 
-    def add(self, start: int, block: Block, chunks: Encoded) -> None:
-        """Append `block`, one sample's steps from `start` on, of which `chunks` are encoded."""
+    def add(self, start: int, places: Sequence[Place], chunks: Encoded) -> None:
+        """Append encoded chunks of one sample's steps from `start` on, which lie at `places` along the other dims."""
         assert self.placement.inner is not None
         first, begun, once = start // self.placement.inner[1], self._offset, self.placement.inner[1] == 1
         with self.partial.open("ab", buffering=0) as file:
-            for place, (data, check) in zip(block.places, chunks, strict=True):
+            for place, (data, check) in zip(places, chunks, strict=True):
                 self._index[(0, first, *place)] = self._written(file, data, check, once=once)
             write_back(file.fileno(), begun, self._offset - begun)
 

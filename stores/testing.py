@@ -109,6 +109,26 @@ class RunStoreTests:
                 if name != "images/thumb":
                     np.testing.assert_array_equal(writer.run.tree[name].isel(sample=i), value)
 
+    def test_samples_appended_together_are_as_each_alone(self, make_writer: MakeWriter) -> None:
+        """Any split of a run's samples gives the same run."""
+        layout = small_layout()
+        values = [small_values(layout, i) for i in range(3)]
+        with make_writer(layout) as writer:
+            for samples in ((0, 2), (1,)):
+                for i in samples:
+                    writer.begin(i)
+                for name, array in layout.arrays.items():
+                    if array.steps:
+                        for step in range(array.steps):
+                            writer.append_together(samples, name, np.stack([values[i][name][step] for i in samples]))
+                    elif name != "images/thumb":
+                        for i in samples:
+                            writer.put(i, name, values[i][name])
+                for i in samples:
+                    writer.commit(i)
+        for name in ("trajectory/latents", "attention/4x4/probs", "images/image"):
+            np.testing.assert_array_equal(np.asarray(writer.run.tree[name]), np.stack([v[name] for v in values]))
+
     def test_what_was_not_written_is_nan(self, make_writer: MakeWriter) -> None:
         """A sample that is not done reads as NaN, not as 0."""
         with make_writer(small_layout()) as writer:
@@ -180,6 +200,23 @@ class RunStoreTests:
             ),
             (lambda w: (w.begin(0), w.append(0, "trajectory/latents", np.zeros(3))), r"\(2, 4, 4\)"),
             (lambda w: (w.begin(0), w.append(0, "images/image", 0)), "use put"),
+            (
+                lambda w: (
+                    w.begin(0),
+                    w.begin(1),
+                    w.append_together((0, 1), "trajectory/latents", np.zeros((1, 2, 4, 4))),
+                ),
+                r"\(2, 2, 4, 4\)",
+            ),
+            (
+                lambda w: (
+                    w.begin(0),
+                    w.begin(1),
+                    w.append(0, "trajectory/latents", np.zeros((2, 4, 4))),
+                    w.append_together((0, 1), "trajectory/latents", np.zeros((2, 2, 4, 4))),
+                ),
+                "same steps",
+            ),
             (lambda w: w.commit(0), "call begin"),
         ],
     )

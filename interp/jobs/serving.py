@@ -23,6 +23,8 @@ def serve(pipe: Connection, function: str, arguments: dict[str, Any], device: st
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver decides
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
+        # torch's threads of the CPU, of which a GPU needs none, would spin and take the cores from the other workers
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     said = threading.Lock()
 

@@ -52,10 +52,10 @@ dims = st.integers(1, 5)
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(n=st.integers(1, 3), steps=st.integers(1, 23), branch=st.integers(1, 2), token=st.integers(1, 16),
-       y=dims, x=dims, stepwise=st.booleans(), node=st.sampled_from(["attention/2x2", "sites/s"]),
+       y=dims, x=dims, how=st.sampled_from(["put", "append", "together"]), node=st.sampled_from(["attention/2x2", "sites/s"]),
        dtype=st.sampled_from(["float16", "float32"]), steady=st.booleans())  # fmt: skip
 def test_every_shape_is_read_back_by_stock_zarr(
-    tmp_path_factory, n, steps, branch, token, y, x, stepwise, node, dtype, steady
+    tmp_path_factory, n, steps, branch, token, y, x, how, node, dtype, steady
 ):
     name = "probs" if node.startswith("attention") else "value"
     dims = ("sample", "step", "branch", "layer", "head", "token", "query_y", "query_x")
@@ -67,10 +67,14 @@ def test_every_shape_is_read_back_by_stock_zarr(
     with create_run(path, layout) as writer:
         for i in range(n):
             writer.begin(i)
-            if stepwise:
+        if how == "together":
+            for step in range(steps):
+                writer.append_together(range(n), f"{node}/{name}", values[:, step])
+        for i in range(n):
+            if how == "append":
                 for block in values[i]:
                     writer.append(i, f"{node}/{name}", block)
-            else:
+            elif how == "put":
                 writer.put(i, f"{node}/{name}", values[i])
             writer.commit(i)
     np.testing.assert_array_equal(zarr.open_group(path, mode="r")[f"{node}/{name}"][:], values)
@@ -97,6 +101,16 @@ def test_inner_chunks_divide_shards_and_stay_small(steps, layers, heads, token, 
     assert found.inner[1] <= 10
     assert found.inner[2] == 1
     assert np.prod(found.inner) * 2 <= CHUNK_BYTES or found.inner[3:5] == (1, 1)
+
+
+def test_samples_that_part_within_a_chunk_are_refused(tmp_path):
+    layout = small_layout()
+    with create_run(tmp_path / "r.zarr", layout) as writer:
+        writer.begin(0), writer.begin(1)
+        writer.append_together((0, 1), "trajectory/latents", np.zeros((2, 2, 4, 4)))
+        with pytest.raises(StoreError, match=r"samples \[1\] were not appended together before step 1"):
+            writer.append(1, "trajectory/latents", np.zeros((2, 4, 4)))
+    assert not (writer.status == 1).any()
 
 
 def test_the_queue_is_bounded_in_bytes():
