@@ -196,8 +196,8 @@ def found(answers: Mapping[str, xr.Dataset], table: pd.DataFrame) -> list[str]:
         for row in (table.iloc[-2], table.iloc[0])
     )
     return [
-        f"Shape before detail: half-way, the low frequencies are {low:.2f} of their norm away from the final latent, the high "
-        f"ones {high:.2f}.",
+        f"Shape before detail: half-way, the low frequencies are {low} of their norm away from the final latent, the high "
+        f"ones {high}.",
         f"Words get {got['words']} of the attention, end-of-text and its padding {got['beyond']}, the start token "
         f"{got['start']}.",
         f"The text has its say early: left out for the last {late[0]['text removed last %']:.0f} % of the steps, it saves "
