@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -125,8 +126,14 @@ def run_attrs(
             scheduler.get("prediction_type", "flow_prediction" if is_flow(pipe.scheduler) else "epsilon")
         ),
         **({"rescaled_guidance": True} if _rescaled(family, arguments) else {}),
-        "versions": {p: version(p) for p in ("interp-diffusion", "torch", "diffusers", "transformers")},
+        "versions": dict(_versions()),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Versions of what made the run; reading them from the installed packages takes longer than the rest of a plan."""
+    return {p: version(p) for p in ("interp-diffusion", "torch", "diffusers", "transformers")}
 
 
 def _rescaled(family: Family, arguments: Arguments) -> bool:

@@ -5,7 +5,7 @@ So it can be run on tensors without data, which tells shapes and sizes and compu
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -58,13 +58,27 @@ def without_data(module: torch.nn.Module) -> Iterator[None]:
     weights = [*module.parameters(), *module.buffers()]
     offloaded = any(t.is_meta for t in weights)
     device = "cpu" if offloaded or not weights else str(weights[0].device)
-    stores = [store for m in module.modules() for store in (m._parameters, m._buffers)] if offloaded else []
+    weightless = stood_in(module) if offloaded else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(device), weightless:
+        yield
+
+
+@contextmanager
+def on_meta(module: torch.nn.Module) -> Iterator[None]:
+    """Tensors that are made inside, and all weights, lie on the meta device: quicker, where the device plays no part."""
+    with torch.no_grad(), torch.device("meta"), stood_in(module):
+        yield
+
+
+@contextmanager
+def stood_in(module: torch.nn.Module) -> Iterator[None]:
+    """Put new tensors, on the device that is the default inside, in the place of all weights."""
+    stores = [store for m in module.modules() for store in (m._parameters, m._buffers)]
     kept = [(store, name, tensor) for store in stores for name, tensor in store.items() if tensor is not None]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(device):
-        try:
-            for store, name, tensor in kept:
-                store[name] = torch.empty(tensor.shape, dtype=tensor.dtype)  # type: ignore[assignment]
-            yield
-        finally:
-            for store, name, tensor in kept:
-                store[name] = tensor  # type: ignore[assignment]
+    try:
+        for store, name, tensor in kept:
+            store[name] = torch.empty(tensor.shape, dtype=tensor.dtype)  # type: ignore[assignment]
+        yield
+    finally:
+        for store, name, tensor in kept:
+            store[name] = tensor  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Literal
 
 FORMAT = "interp.run/1"
@@ -54,9 +55,13 @@ class Variable:
 
     def matches(self, path: str) -> bool:
         """Whether the real `path` (`attention/32x32/probs`) is one of this row's."""
+        return self._pattern.fullmatch(path) is not None
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """The path with anything but a slash for each placeholder."""
         pattern = re.sub(r"<\w+>", "\0", self.path)
-        pattern = re.escape(pattern).replace(re.escape("\0"), "[^/]+")
-        return re.fullmatch(pattern, path) is not None
+        return re.compile(re.escape(pattern).replace(re.escape("\0"), "[^/]+"))
 
 
 _STR, _INT, _I4, _I1, _F4, _U1 = ("str",), ("int64",), ("int32",), ("int8",), ("float32",), ("uint8",)
@@ -203,6 +208,7 @@ ROOT_RESERVED = frozenset({"sample", "status", "error"}) | {v.node.split("/")[0]
 """Names that a column of the prompt table may not have."""
 
 
+@lru_cache(maxsize=4096)
 def find_variable(path: str) -> Variable | None:
     """Return the table's row for a real path such as `attention/32x32/probs`, or None for an extra
     variable.

@@ -27,10 +27,11 @@ def fingerprint(pipe: Any) -> dict[str, Any]:
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
             for path, module in part.named_modules():
-                own = {k: v for k, v in vars(module).items() if k == "forward" or not k.startswith("_")}
+                own = vars(module)  # not getattr: what is not there takes a module long to say
                 facts[f"{name}.{path}"] = (
-                    type(module), sorted(own), own.get("forward"), getattr(module, "processor", None),
-                    {h: list(getattr(module, h, ())) for h in _HOOKS},
+                    type(module), sorted(k for k in own if k[0] != "_"), own.get("forward"),
+                    own.get("processor", own["_modules"].get("processor")),
+                    {h: list(there) for h in _HOOKS if (there := own.get(h))},
                 )  # fmt: skip
     return facts
 
