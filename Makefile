@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# written once, compiled code serves the many processes that the tests start
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test check clean
 help:            ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -18,7 +21,7 @@ demo: $(READY)   ## a trained model traced, probed and intervened on; writes dem
 	$(BIN)/interp demo --out demo
 
 test: $(READY)   ## the whole test suite, in parallel
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## lint, format, types, layers, packaging
 	$(BIN)/ruff check .

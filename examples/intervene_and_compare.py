@@ -1,7 +1,9 @@
 """Intervene and compare: the same noise with and without the text in the last 60 % of the steps.
 
-python examples/intervene_and_compare.py
+python examples/intervene_and_compare.py [steps, default 10]
 """
+
+import sys
 
 import interp
 from interp.scoring import mean_scores
@@ -13,7 +15,7 @@ if __name__ == "__main__":
         "scenes",
         PROMPTS,
         seeds=[0, 1],
-        steps=10,
+        steps=int(sys.argv[1]) if len(sys.argv) > 1 else 10,
         conditions={
             "baseline": [],
             "text removed late": [interp.RemoveText(start=0.4)],

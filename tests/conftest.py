@@ -1,6 +1,8 @@
 """Shared by all tests: one thread, no network, no chatter."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,3 +12,23 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about torchv
 import diffusers
 
 diffusers.utils.logging.set_verbosity_error()
+
+LONGEST = (
+    "families/test_conformance.py", "jobs/test_faults.py", "docs/test_pages.py", "test_examples.py", "jobs/test_jobs.py",
+    "reproduction/test_reproduction.py", "interp/test_check_intervention.py", "stores/test_verify.py", "test_demo.py",
+    "interp/test_untouched.py", "reproduction/test_pages.py", "scenes/test_attribution.py", "jobs/test_cluster.py",
+    "docs/test_readme.py", "docs/test_jobs_page.py", "scenes/test_weights.py", "probes/test_page.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Let the files that take longest be the first that are handed out: what comes last, one worker does alone."""
+    here, last = Path(__file__).parent, len(LONGEST)
+    rank = {here / name: k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, last))
+
+
+def pytest_collection_finish():
+    """What the imports made stays: the garbage collector need not look at millions of objects again in every test."""
+    gc.collect()
+    gc.freeze()

@@ -10,7 +10,10 @@ import pytest
 import interp
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-SMALL = {"layer_sweep": ["1"], "causal_tracing": ["1"], "prompt_to_prompt": ["1", "4"], "spare_passes": ["2", "2"]}
+SMALL = {
+    "layer_sweep": ["1"], "causal_tracing": ["1"], "prompt_to_prompt": ["1", "4"], "spare_passes": ["2", "2"],
+    "intervene_and_compare": ["5"],
+}  # fmt: skip
 """Numbers of prompts (and steps) where the defaults take long; the scripts' first lines say what they are."""
 
 

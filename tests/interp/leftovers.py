@@ -31,11 +31,12 @@ def fingerprint(pipe: Any) -> dict[str, Any]:
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
             for path, module in part.named_modules():
+                own = module.__dict__
                 facts[f"{name}.{path} class"] = type(module)
-                facts[f"{name}.{path} own"] = sorted(k for k in module.__dict__ if not k.startswith("_"))
-                facts[f"{name}.{path} forward"] = module.__dict__.get("forward")
-                facts[f"{name}.{path} processor"] = getattr(module, "processor", None)
-                facts[f"{name}.{path} hooks"] = {h: list(getattr(module, h, ())) for h in _HOOKS}
+                facts[f"{name}.{path} own"] = sorted(k for k in own if not k.startswith("_"))
+                facts[f"{name}.{path} forward"] = own.get("forward")
+                facts[f"{name}.{path} processor"] = own.get("processor", own["_modules"].get("processor"))
+                facts[f"{name}.{path} hooks"] = {h: list(there) for h in _HOOKS if (there := own.get(h))}
     return facts
 
 

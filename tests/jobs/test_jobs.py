@@ -374,7 +374,7 @@ def test_a_second_job_on_the_same_run_is_refused(pipe, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_make_the_bits_of_one(tmp_path):
-    values = {"model": "scenes", "prompts": PROMPTS[:2], "seeds": [0, 1], "steps": 1, "batch_size": 2}
+    values = {"model": "scenes", "prompts": PROMPTS[:2], "seeds": [0, 1], "steps": 1, "size": [32, 32], "batch_size": 2}
     one = run_job(Job(**values, store=str(tmp_path / "one.zarr")), progress=False)
     two = run_job(Job(**values, store=str(tmp_path / "two.zarr")), workers=2, progress=False)
     assert one.done == two.done == 4

@@ -234,7 +234,7 @@ def test_a_flipped_bit_is_found_by_zarr_and_by_verify(tmp_path, name):
     file = next(p for p in sorted((run.path / name / "c").rglob("*")) if p.is_file())
     clean = file.read_bytes()
     rng = np.random.default_rng(0)
-    for at in rng.integers(0, len(clean), 12):
+    for at in rng.integers(0, len(clean), 4):
         broken = bytearray(clean)
         broken[at] ^= 1 << int(rng.integers(8))
         file.write_bytes(broken)

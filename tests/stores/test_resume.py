@@ -230,7 +230,7 @@ def test_killed_at_any_moment_and_resumed_it_equals_an_undisturbed_run(tmp_path)
     layout = small_layout(n=40)
     rng = np.random.default_rng()
     killed = 0
-    for _ in range(6):
+    for _ in range(4):
         worker = start(path)
         time.sleep(rng.uniform(0, 0.12))
         worker.kill()
