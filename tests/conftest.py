@@ -8,10 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about torchvision, which nothing here needs
-
-import diffusers
-
-diffusers.utils.logging.set_verbosity_error()
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # not by importing it, which the process that hands out need not
 
 LONGEST = (
     "families/test_conformance.py", "jobs/test_faults.py", "docs/test_pages.py", "test_examples.py", "jobs/test_jobs.py",
