@@ -164,7 +164,9 @@ def score(
     if set(metric or ()) != {"x0"}:
         if each:
             print(scored.scores.to_pandas().to_string(float_format="%.3f"))
-        print(table(mean_scores(scored), scored.tree["scores"].attrs.get("by_condition")))
+        means = mean_scores(scored)
+        print(table(means, scored.tree["scores"].attrs.get("by_condition")))
+        print(f"intervals: bootstrap over prompts, {means.attrs['resamples']:,} resamples, seed {means.attrs['seed']}")
     if "x0" in (metric or ()):
         print(f"x0: {' × '.join(f'{d} {n}' for d, n in scored.x0.sizes.items())}")
 

@@ -13,6 +13,8 @@ from interp.stores.chunks import fill_value
 
 _BLOSC = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE, blocksize=0)
 _TEXT = VLenUTF8()
+HEADER = 16
+"""Bytes of Blosc's header: versions, flags and item size, then three sizes."""
 MOST_GAIN = 300
 """How many times smaller lz4 can make anything, generously."""
 
@@ -64,21 +66,36 @@ def decoded(data: bytes, dtype: str, shape: tuple[int, ...], *, compress: bool) 
     body, stored = np.frombuffer(data, "uint8")[:-4], data[-4:]
     if len(data) < 4 or _checksum(body) != stored:
         raise ChecksumError("its bytes do not agree with their checksum")
-    size = None if dtype == "str" else math.prod(shape) * np.dtype(dtype).itemsize
-    raw = _decompressed(body, size) if compress else body.data
-    if dtype == "str":
-        return np.asarray(_TEXT.decode(raw), object).reshape(shape)
+    count = math.prod(shape)
+    size = None if dtype == "str" else count * np.dtype(dtype).itemsize
+    try:
+        raw = _decompressed(body, size) if compress else body.data
+        if dtype == "str":
+            return _texts(raw, count).reshape(shape)
+    except (RuntimeError, ValueError) as error:  # what the codecs say of bytes that are none of theirs
+        raise ChecksumError(f"it cannot be decoded: {error}") from error
     if len(raw) != size:
         raise ChecksumError(f"it holds {len(raw):,} bytes instead of {size:,}")
     return np.frombuffer(raw, np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
 
 def _decompressed(body: np.ndarray, size: int | None) -> bytes:
-    """Decompress, after a look at the size which the bytes claim: nothing is allocated for a false one."""
-    claimed = int.from_bytes(body[4:8].tobytes(), "little")
+    """Decompress, after a look at the sizes that the bytes claim, which Blosc trusts: nothing is allocated for false ones."""
+    if len(body) < HEADER:
+        raise ValueError(f"it is shorter than {HEADER} bytes")
+    claimed, block, whole = (int(v) for v in body[4:HEADER].view("<u4"))
     if (claimed != size) if size is not None else (claimed > MOST_GAIN * len(body)):
-        raise ChecksumError(f"it claims to hold {claimed:,} bytes")
+        raise ValueError(f"it claims to hold {claimed:,} bytes")
+    if whole != len(body) or not 0 < block <= max(1, claimed):
+        raise ValueError(f"it claims to be {whole:,} bytes in blocks of {block:,}")
     return bytes(_BLOSC.decode(body))
+
+
+def _texts(raw: bytes | memoryview, count: int) -> np.ndarray:
+    claimed = int.from_bytes(bytes(raw[:4]), "little")
+    if claimed != count:
+        raise ValueError(f"it claims to hold {claimed:,} texts instead of {count:,}")
+    return np.asarray(_TEXT.decode(raw), object)
 
 
 def padded(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The engine for a Dask cluster: a bounded window of tasks on workers that somebody else started.
 
-Dask is used for `submit` alone. What it may not do is hold more tasks than there are workers, or keep results: then
-the death of one worker would take others' tasks along.
+Dask is used for `submit` alone. What it may not do is hold tasks that no worker can begin, or keep results: then the
+death of one worker would take others' tasks along. A worker computes its next task while the last one is being written:
+then it *secedes* from its place, and says so.
 """
 
 import contextlib
@@ -10,14 +11,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from interp.errors import InterpError
 from interp.jobs.local import Ended
-from interp.jobs.work import Outcome, Recipe, Task, Work, perform, sentence
-from interp.stores import RunWriter
+from interp.jobs.work import AHEAD, Outcome, Recipe, Task, Work, perform, sentence, settled
+from interp.stores import RunWriter, StoreError
 from interp.stores.lock import share
 
 PATIENCE = 30.0
@@ -25,7 +27,7 @@ PATIENCE = 30.0
 
 
 class Cluster:
-    """Runs tasks on the workers of a Dask scheduler, one at a time on each.
+    """Runs tasks on the workers of a Dask scheduler, on each one at a time, and one being written.
 
     With a scheduler file that does not exist yet, the scheduler is started here, and ends with the job.
     """
@@ -36,7 +38,12 @@ class Cluster:
         except ImportError as error:
             raise InterpError("a Dask cluster needs distributed: pip install 'interp-diffusion[cluster]'") from error
         self._recipe, self._limit = recipe, limit
-        self._running: dict[Any, tuple[Task, float]] = {}
+        self._running: dict[str, tuple[Any, Task, float]] = {}
+        """By key: the future, the task, and when it began."""
+        self._computed: set[str] = set()
+        """Keys of tasks that are being written."""
+        self._news = threading.Event()
+        self._topic = f"interp-{os.getpid()}-{time.monotonic_ns()}"
         self._scheduler = _start_scheduler(Path(file)) if file and not Path(file).exists() else None
         try:
             self._client = (
@@ -46,6 +53,7 @@ class Cluster:
             if self._scheduler is not None:
                 self._scheduler.kill()
             raise InterpError(f"no Dask scheduler answers at {address or file}: {sentence(error)}") from None
+        self._client.subscribe_topic(self._topic, self._take_news)
 
     def prepare(self) -> str:  # noqa: D102
         if not self._threads():
@@ -67,43 +75,42 @@ class Cluster:
             raise InterpError("a pipeline runs one batch at a time: start the Dask workers with --nthreads 1")
         return found
 
+    def _take_news(self, event: tuple[float, str]) -> None:
+        """A worker has computed a task, which it is writing now. In a thread of Dask's."""
+        self._computed.add(event[1])
+        self._news.set()
+
     @property
     def free(self) -> int:  # noqa: D102
-        return max(0, len(self._threads()) - len(self._running))
+        places, writing = len(self._threads()), sum(key in self._computed for key in list(self._running))
+        return max(0, min(places - (len(self._running) - writing), AHEAD * places - len(self._running)))
 
     def start(self, task: Task) -> None:  # noqa: D102
-        key = f"interp-{task.batch}-{time.monotonic_ns()}"
+        key = f"{self._topic}-{task.batch}-{time.monotonic_ns()}"
         future = self._client.submit(
-            perform_there,
-            self._recipe.function,
-            self._recipe.arguments,
-            task,
-            self._limit,
-            key=key,
-            pure=False,
-            retries=0,
-        )
-        self._running[future] = task, time.monotonic()
+            perform_there, self._recipe.function, self._recipe.arguments, task, self._limit, (self._topic, key),
+            key=key, pure=False, retries=0,
+        )  # fmt: skip
+        self._running[key] = future, task, time.monotonic()
+        future.add_done_callback(lambda _: self._news.set())
 
     def wait(self, seconds: float) -> list[Ended]:  # noqa: D102
-        from distributed import wait
-
-        if not self._running:
+        if self._running:
+            self._news.wait(seconds)
+            self._news.clear()
+        else:
             time.sleep(min(seconds, 0.2))
-            return []
-        with contextlib.suppress(TimeoutError):
-            wait(list(self._running), timeout=seconds, return_when="FIRST_COMPLETED")
-        return [self._ended(future) for future in list(self._running) if future.done()]
+        return [self._ended(key) for key, (future, *_) in list(self._running.items()) if future.done()]
 
-    def _ended(self, future: Any) -> Ended:
-        task, began = self._running.pop(future)
-        seconds = time.monotonic() - began
+    def _ended(self, key: str) -> Ended:
+        future, task, began = self._running.pop(key)
+        computed, seconds = key in self._computed, time.monotonic() - began
+        self._computed.discard(key)
         try:
             outcome = future.result()
         except Exception as error:  # KilledWorker, a lost connection, …
-            outcome = Outcome(
-                "died", f"the worker that ran it died or took longer than {self._limit:g} s: {sentence(error)}"
-            )
+            text = f"the worker that ran it died or took longer than {self._limit:g} s: {sentence(error)}"
+            outcome = Outcome("lost" if computed else "died", text)  # what it died of came later
         finally:
             future.release()
         if outcome.kind == "refused":
@@ -114,7 +121,7 @@ class Cluster:
         """Do nothing: a worker reports a task when its samples are durable."""
 
     def close(self, *, now: bool = False) -> None:  # noqa: D102
-        for future in self._running:
+        for future, *_ in self._running.values():
             future.cancel()
         with contextlib.suppress(Exception):  # it may be gone already
             if self._scheduler is not None:
@@ -168,8 +175,14 @@ def prepare_there(function: str, arguments: dict[str, Any]) -> tuple[str, str]:
     return "prepared", text
 
 
-def perform_there(function: str, arguments: dict[str, Any], task: Task, limit: float) -> Outcome:
-    """Perform a task, on a worker that keeps its pipeline for the next; a batch that hangs ends the process."""
+def perform_there(function: str, arguments: dict[str, Any], task: Task, limit: float, name: tuple[str, str]) -> Outcome:
+    """Perform a task, on a worker that keeps its pipeline for the next; a batch that hangs ends the process.
+
+    Once it is computed, the worker takes the next one, and a thread waits here until the samples are durable. `name`:
+    the topic under which that is told, and the task's key.
+    """
+    from distributed import get_worker, secede
+
     key = _key(function, arguments)
     try:
         work, writer = _OPENED.get(key) or (Recipe(function, arguments).make(), None)
@@ -182,9 +195,21 @@ def perform_there(function: str, arguments: dict[str, Any], task: Task, limit: f
     with contextlib.suppress(OSError, ValueError):  # a stderr that is no file
         faulthandler.dump_traceback_later(limit, exit=True)
     try:
-        return perform(work, writer, task)
+        outcome = perform(work, writer, task)
     finally:
         faulthandler.cancel_dump_traceback_later()
+    try:
+        durable = writer.mark()
+    except StoreError as error:  # nothing can be written any more
+        return Outcome("stop", sentence(error), outcome.notes)
+    late = threading.Timer(limit, os._exit, (1,))
+    late.start()
+    get_worker().log_event(name[0], name[1])
+    secede()
+    try:
+        return settled(outcome, durable)
+    finally:
+        late.cancel()
 
 
 def forget_there(function: str, arguments: dict[str, Any]) -> None:

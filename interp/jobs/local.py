@@ -55,7 +55,7 @@ class Embedded:
         if self._writer is None:
             self._writer = self._work.open(clean=True)
         began = time.perf_counter()
-        outcome = perform(self._work, self._writer, task, drain=False)
+        outcome = perform(self._work, self._writer, task)
         if outcome.kind == "raised":
             self._writer.drain()  # what the task did finish counts
         self._ended.append((task, replace(outcome, seconds=time.perf_counter() - began)))

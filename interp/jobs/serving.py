@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from interp.errors import InterpError
-from interp.jobs.work import Outcome, Recipe, Task, Work, perform, sentence
+from interp.jobs.work import Outcome, Recipe, Task, Work, perform, sentence, settled
 from interp.stores import RunWriter, StoreError
 from interp.stores.lock import share
 
@@ -62,7 +62,7 @@ def serve(pipe: Connection, function: str, arguments: dict[str, Any], device: st
 
 def _perform(work: Work, writer: RunWriter, task: Task, say: Callable[..., None]) -> None:
     """Compute a task; a thread says how it ended once its samples are durable."""
-    outcome = perform(work, writer, task, drain=False)
+    outcome = perform(work, writer, task)
     try:
         durable = writer.mark()
     except StoreError as error:  # nothing can be written any more
@@ -73,11 +73,7 @@ def _perform(work: Work, writer: RunWriter, task: Task, say: Callable[..., None]
 
 
 def _tell(durable: Callable[[], None], task: Task, outcome: Outcome, say: Callable[..., None]) -> None:
-    try:
-        durable()
-    except StoreError as error:
-        outcome = Outcome("stop", sentence(error), outcome.notes)
-    say("ended", task, outcome)
+    say("ended", task, settled(outcome, durable))
 
 
 def _end_with(parent: Any) -> None:

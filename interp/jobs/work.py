@@ -2,16 +2,19 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from interp.errors import InterpError
-from interp.stores import RunWriter
+from interp.stores import RunWriter, StoreError
 
 logger = logging.getLogger(__name__)
+
+AHEAD = 2
+"""Tasks that a worker has at most: one being computed, one being written."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,11 @@ class Recipe:
         return work
 
 
-def perform(work: Work, writer: RunWriter, task: Task, *, drain: bool = True) -> Outcome:
-    """Run one task; whatever goes wrong with its samples comes back as an outcome."""
+def perform(work: Work, writer: RunWriter, task: Task) -> Outcome:
+    """Compute one task, which may still be written; whatever goes wrong with its samples comes back as an outcome."""
     notes: list[str] = []
     try:
         _run(work, writer, task, notes)
-        if drain:
-            writer.drain()
     except Exception as error:  # a model may fail in any way
         if writer.broken:
             return Outcome("stop", sentence(error))
@@ -162,6 +163,15 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, InterpError):
         return first
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def settled(outcome: Outcome, durable: Callable[[], None]) -> Outcome:
+    """Return the outcome of a task once its samples are durable, for which `durable` waits."""
+    try:
+        durable()
+    except StoreError as error:
+        return Outcome("stop", sentence(error), outcome.notes)
+    return outcome
 
 
 def without(task: Task, done: frozenset[int]) -> Task:

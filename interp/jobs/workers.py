@@ -13,13 +13,11 @@ from typing import Any
 from interp.errors import InterpError
 from interp.jobs.local import Ended
 from interp.jobs.serving import serve
-from interp.jobs.work import Outcome, Recipe, Task
+from interp.jobs.work import AHEAD, Outcome, Recipe, Task
 
 SPAWN = get_context("spawn")
 START_DEATHS = 3
 """How many workers may die in a row before any has finished a task."""
-AHEAD = 2
-"""Tasks that a worker has at most: one being computed, one being written."""
 
 
 class Workers:

@@ -28,6 +28,9 @@ def reproduce(
     ] = None,
     coco: Annotated[Path | None, typer.Option(metavar="FILE", help="captions_val2014.json, for E8.")] = None,
     clip_model: Annotated[str | None, typer.Option(help="CLIP that scores models other than scenes.")] = None,
+    blip_model: Annotated[
+        str | None, typer.Option(help="BLIP that judges them by questions (BLIP-VQA), and then decides.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples that run together; default: by device.")] = None,
 ) -> None:
     """Run the experiments of arXiv:2405.15330 and write a report with intervals and verdicts; resumes."""
@@ -40,6 +43,7 @@ def reproduce(
     settings = small(model) if quick else Settings(model=model)
     given: dict[str, Any] = {
         "pairs": pairs, "steps": steps, "guidance_scale": guidance, "clip_model": clip_model, "batch_size": batch_size,
+        "blip_model": blip_model,
         "prompts": None if prompts is None else str(prompts), "coco": None if coco is None else str(coco), "size": _size(size),
     }  # fmt: skip
     settings = replace(settings, seed=seed, **{k: v for k, v in given.items() if v is not None})

@@ -27,9 +27,9 @@ PAIRS = (
     "bootstrap draws pairs."
 )
 SCORES = (
-    "Alignment by the attribute judge (share of the attributes named in the text that are seen) and by CLIP (cosine). The "
-    "paper has CLIPScore, BLIP-VQA and MiniGPT4-CoT. CLIP pools text at EOS, so where there is a judge that shares no "
-    "weights with CLIP, the verdict rests on it alone."
+    "Alignment by CLIP (cosine) and by a judge that shares no weights with it: for scenes the attribute judge (share of the "
+    "attributes named in the text that are seen), for other models BLIP-VQA, if one is named. The paper has CLIPScore, "
+    "BLIP-VQA and MiniGPT4-CoT. CLIP pools text at EOS, so where there is the other judge, the verdict rests on it alone."
 )
 
 

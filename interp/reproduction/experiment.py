@@ -39,10 +39,10 @@ class Experiment:
 def judges(run: Run) -> list[str]:
     """Return the metrics of alignment that the run has, the one that decides first."""
     there = {str(m).partition(":")[0] for m in run.scores["metric"].values}
-    return [m for m in ("judge", "clip") if m in there]
+    return [m for m in NAMES if m in there]
 
 
-NAMES = {"judge": "attribute judge", "clip": "CLIP"}
+NAMES = {"judge": "attribute judge", "blip_vqa": "BLIP-VQA", "clip": "CLIP"}
 
 
 def pair_units(run: Run, ds: xr.Dataset) -> np.ndarray:

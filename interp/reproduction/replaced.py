@@ -117,7 +117,7 @@ def _answer_e12(runs: Runs, settings: Settings) -> Answer:
     rows: list[list[Any]] = [
         [c, *(got.mean(c, f"{m}:prompt") for m in metrics), got.mean(c, IMAGE), got.mean(c, "L1")] for c in shown
     ]
-    color = {"judge": BLUE, "clip": GREEN}
+    color = {"judge": BLUE, "blip_vqa": BLUE, "clip": GREEN}
     panels = [
         ("Alignment with the prompt", "alignment", [
             (NAMES[m], [got.mean(c, f"{m}:prompt") for c in shown], color[m]) for m in metrics

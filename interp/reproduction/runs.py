@@ -172,14 +172,14 @@ def _planned(settings: Settings) -> Run:
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    return {} if settings.clip_model is None else {"clip_model": settings.clip_model}
+    return {k: v for k in ("clip_model", "blip_model") if (v := getattr(settings, k)) is not None}
 
 
 def metrics_of(recipe: Recipe, settings: Settings) -> list[str]:
-    """Return the metrics of a run: alignment by both judges where there are two, and closeness to the baseline."""
+    """Return the metrics of a run: alignment by CLIP and, if there is one, the other judge; closeness to the baseline."""
     if recipe.name == "trajectory":
         return []
-    judge = ["judge"] if settings.model == "scenes" else []
+    judge = ["judge"] if settings.model == "scenes" else ["blip_vqa"] if settings.blip_model is not None else []
     whole = [name for name in frechet(settings) if can_be_had(name, settings)] if recipe.name in FRECHET else []
     return ["clip", *judge, "clip_image", *whole]
 

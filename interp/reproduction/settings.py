@@ -27,6 +27,7 @@ class Settings:
         prompts: A folder of T2I-CompBench's text files, or None (see `choose_pairs`).
         coco: COCO's caption file for E8, or None for the prompts of the pairs.
         clip_model: The CLIP that scores pictures of other models than scenes.
+        blip_model: The BLIP that judges them beside CLIP, and then decides; None is CLIP alone.
         batch_size: Samples that run together.
     """
 
@@ -42,6 +43,7 @@ class Settings:
     prompts: str | None = None
     coco: str | None = None
     clip_model: str | None = None
+    blip_model: str | None = None
     batch_size: int | str = "auto"
     resamples: int = field(default=2000, compare=False)
 

@@ -54,45 +54,12 @@ def planning(n=10_000):
     print(f"plan of {len(plan):,} samples of scenes: {time.perf_counter() - start:.1f} s")
 
 
-def one_token(folder):
-    """Read one token's maps over all steps and layers of one sample: 50 steps, 5 layers of 64x64, 77 tokens."""
-    import numpy as np
-
-    from interp.stores import create_run, open_run
-    from tests.benchmarks.bench_store import LAYERS, STEPS, TOKENS, attention, thousand
-
-    path = folder / "maps.zarr"
-    layout = thousand(1)
-    layout = type(layout)(
-        layout.samples, {k: v for k, v in layout.groups.items() if k.startswith("attention")}, layout.attrs
-    )
-    with create_run(path, layout) as writer:
-        writer.begin(0)
-        for grid, layers in LAYERS.items():
-            size = int(grid.split("x")[0])
-            probs = attention(10, layers, size)
-            writer.put(0, f"attention/{grid}/probs", np.concatenate([probs] * (STEPS // 10)))
-        writer.commit(0)
-    for what in ("for the first time", "warm"):
-        times, run = [], open_run(path)
-        for token in range(0, TOKENS, 7):
-            start = time.perf_counter()
-            for grid in run.grids:
-                run.attention(grid).isel(sample=0, token=token).load()
-            times.append(time.perf_counter() - start)
-        print(
-            f"one token, all steps, layers and grids, {what}: {1e3 * statistics.median(times):.0f} ms, at best "
-            f"{1e3 * min(times):.0f} ms (goal 50, warm)", flush=True,
-        )  # fmt: skip
-
-
 def main():
     where = sys.argv[1] if len(sys.argv) > 1 else None
     if len(sys.argv) == 4 and sys.argv[2] == "one":
         one(Path(sys.argv[1]), int(sys.argv[3]))
         return
     with tempfile.TemporaryDirectory(dir=where) as name:
-        one_token(Path(name))
         planning()
         for n in map(int, sys.argv[2:] or SIZES):
             subprocess.run([sys.executable, "-m", "tests.benchmarks.bench_jobs", name, "one", str(n)], check=True)

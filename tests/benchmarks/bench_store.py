@@ -1,4 +1,4 @@
-"""How fast a run opens, and how fast attention is written against a raw durable write in the same process.
+"""How fast a run opens, one token's maps are read, and attention is written against a raw durable write in one process.
 
 Run as a script: `python tests/benchmarks/bench_store.py [folder]`. Figures are medians; compare ratios,
 not MB/s, between machines.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
+import zarr
 
 from interp.stores import (
     Array,
@@ -24,6 +25,7 @@ from interp.stores import (
     attention_group,
     create_run,
     images_group,
+    open_run,
     trajectory_group,
 )
 
@@ -59,17 +61,52 @@ def thousand(n):
     return Layout(columns, groups, {"steps": STEPS})
 
 
+def timed(do, turns=15):
+    """Return the median and the best of some turns, in milliseconds."""
+    times = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        do()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times), min(times)
+
+
 def opening(folder):
     path = folder / "thousand.zarr"
     start = time.perf_counter()
     create_run(path, thousand(1000)).close()
     print(f"create 1,000 samples: {time.perf_counter() - start:.2f} s")
-    times = []
-    for _ in range(15):
-        start = time.perf_counter()
-        xr.open_datatree(path, engine="zarr", chunks=None)
-        times.append(time.perf_counter() - start)
-    print(f"open 1,000 samples: {1e3 * statistics.median(times):.0f} ms (goal 50)")
+    ours, best = timed(lambda: open_run(path))
+    plain, least = timed(lambda: xr.open_datatree(path, engine="zarr", chunks=None))
+    print(
+        f"open_run of 1,000 samples: {ours:.0f} ms, at best {best:.0f} (goal 50); xr.open_datatree: {plain:.0f} and {least:.0f}"
+    )
+    print(f"ratio to plain xarray: {ours / plain:.2f}, of the best {best / least:.2f}")
+
+
+def one_token(folder, n=1000):
+    """Read a token's maps over all steps and layers of one of `n` samples, as a user does, and with Zarr alone."""
+    layout = thousand(n)
+    groups = {k: v for k, v in layout.groups.items() if k.startswith("attention")}
+    path = folder / "maps.zarr"
+    with create_run(path, Layout(layout.samples, groups, layout.attrs)) as writer:
+        writer.begin(0)
+        for grid, layers in LAYERS.items():
+            probs = attention(10, layers, int(grid.split("x")[0]))
+            writer.put(0, f"attention/{grid}/probs", np.concatenate([probs] * (STEPS // 10)))
+        writer.commit(0)
+    run, arrays = open_run(path), [zarr.open_group(path, mode="r")[f"attention/{grid}/probs"] for grid in LAYERS]
+
+    def maps(token):
+        for grid in run.grids:
+            run.attention(grid).isel(sample=0, token=token).load()
+
+    first = timed(lambda: maps(0), 1)[0]
+    ours, best = timed(lambda: maps(3))
+    theirs, least = timed(lambda: [a[0, :, :, :, :, 3] for a in arrays])
+    print(f"one token, all steps, layers and four grids, of one of {n:,} samples: {first:.0f} ms at first, then {ours:.0f} ms, "
+          f"at best {best:.0f} (goal 50); Zarr alone: {theirs:.0f} and {least:.0f}")  # fmt: skip
+    print(f"ratio to Zarr: {ours / theirs:.2f}, of the best {best / least:.2f}")
 
 
 def attention(steps, layers, size):
@@ -172,5 +209,6 @@ def _feed(folder, stop):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
         opening(Path(name))
+        one_token(Path(name))
         throughput(Path(name))
         beside(Path(name))

@@ -23,11 +23,11 @@ class NullWork(Work):
     Faults: "raise", "die" (the process is killed), "die once", "hang", "memory" (more than one sample at a time).
     """
 
-    def __init__(self, store, n=8, batch=2, pause=0.0, faults=None, steps=13, log=None, jump=False):
+    def __init__(self, store, n=8, batch=2, pause=0.0, faults=None, steps=13, log=None, jump=False, disk=0.0):
         self.store = Path(store)
         self.layout = small_layout(n=n, steps=steps)
         self.layout.samples["batch"] = [i // batch for i in range(n)]
-        self.pause, self.log = pause, log
+        self.pause, self.log, self.disk = pause, log, disk
         if jump:
             jumping_clock()
         self.faults = {int(k): v for k, v in (faults or {}).items()}
@@ -41,6 +41,8 @@ class NullWork(Work):
         return self.describe()
 
     def open(self, *, clean):
+        if self.disk:
+            slow_disk(self.disk, self.log)
         return create_run(self.store, self.layout, clean=clean, locked=True)
 
     def run(self, writer, rows, places, waiting):
@@ -82,6 +84,21 @@ class NullWork(Work):
             flag.touch()
         if fault and fault.startswith("die"):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def slow_disk(seconds, log):
+    """Let this process have a disk that takes `seconds` each time."""
+    from interp.stores import disk
+
+    real = disk.publish
+
+    def publish(files):
+        time.sleep(seconds)
+        real(files)
+        with Path(log).open("a") as file:
+            file.write(f"{os.getpid()} written\n")
+
+    disk.publish = publish
 
 
 def jumping_clock():

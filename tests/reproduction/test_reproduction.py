@@ -7,6 +7,7 @@ import html
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import xarray as xr
 
 from interp import InterpError
 from interp.reproduction import Settings, reproduce
+from interp.reproduction.experiment import judges
 from interp.reproduction.measures import Check, Estimate, verdict
-from interp.stores import open_run
+from interp.reproduction.runs import Recipe, metrics_of
+from interp.stores import open_run, synthetic_run
 from tests.test_cli import interp
 
 TINY = {
@@ -191,6 +194,16 @@ def test_another_model_and_files_of_prompts(tmp_path: Path) -> None:
     assert set(json.loads((out / "numbers.json").read_text())) == {"E2", "E7"}
     prompts = xr.open_datatree(out / "trajectory.zarr", engine="zarr")["prompt"].values.tolist()
     assert len(prompts) == 2 and all(" and a" in p for p in prompts)
+
+
+def test_blip_judges_other_models_beside_clip_and_decides() -> None:
+    settings = Settings(model="some/model", blip_model="some/blip")
+    recipe = Recipe("exchange", [], {}, {}, 4, None)
+    assert metrics_of(recipe, settings) == ["clip", "blip_vqa", "clip_image"]
+    assert metrics_of(recipe, replace(settings, blip_model=None)) == ["clip", "clip_image"]
+    run = synthetic_run(samples=2, scores=False)
+    run.write_scores({"clip:prompt": [0.1, 0.2], "blip_vqa:prompt": [0.3, 0.4]})
+    assert judges(run) == ["blip_vqa", "clip"]
 
 
 def test_coco_captions_take_the_place_of_prompts_in_one_experiment(tmp_path: Path) -> None:

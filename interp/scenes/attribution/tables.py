@@ -44,6 +44,7 @@ class Report:
         self.first, self.second, self.choice, self.layers, self.levels = first, second, choice, layers, levels
         self.units = np.array(second.picture)
         self.rows = [f"{k} `{name}`" for k, name in enumerate(layers)]
+        self.asked: list[tuple[dict[str, float | None], np.ndarray]] = []  # cells that wait for their numbers
 
     def tables(self) -> dict[str, Table]:
         """Return every table by its name."""
@@ -56,6 +57,7 @@ class Report:
         for measure, name in enumerate(MEASURES):
             found |= {f"levels, {way}, {name}": self.by_level(way, measure) for way in WAYS}
             found[f"heads, {name}"] = self.by_head(measure)
+        self.settle()
         return found
 
     def values(self, name: Any) -> tuple[np.ndarray, ...]:
@@ -73,9 +75,18 @@ class Report:
         return self.choice.rows[WITH_SELF if name.startswith(WITH_SELF) else CROSS]
 
     def mean(self, values: np.ndarray, chosen: Any = slice(None)) -> dict[str, float | None]:
-        """Return the mean of some targets and its 95 % interval over pictures."""
-        mean, (low, high) = mean_interval(values[chosen], self.units[chosen])
-        return {"value": float(mean), "low": float(low), "high": float(high)}
+        """Return a cell that `settle` gives the mean of some targets and its 95 % interval over pictures."""
+        some = np.full(len(values), np.nan)
+        some[chosen] = values[chosen]
+        self.asked.append(({}, some))
+        return self.asked[-1][0]
+
+    def settle(self) -> None:
+        """Compute all cells that were asked for at once: drawing pictures anew is what takes time."""
+        means, intervals = mean_interval(np.stack([values for _, values in self.asked], 1), self.units)
+        for (cell, _), mean, (low, high) in zip(self.asked, means, intervals, strict=True):
+            cell |= {"value": float(mean), "low": float(low), "high": float(high)}
+        self.asked.clear()
 
     def summary(self) -> str:
         """Return how much there was, what was chosen, and by how much it is better."""
@@ -85,11 +96,12 @@ class Report:
             "",
         ]
         lines += [f"- {text}: {' · '.join(n.recipe)}" for text, n in self.choice.rows.items() if isinstance(n, Whole)]
-        best = self.second.of(self.choice.rows[CROSS])[0]
-        for text in ("DAAM: mean of all", "geometric mean against the strongest word"):
-            lines.append(f"- {CROSS} minus {text}: {shown(self.mean(best - self.second.of(FIXED[text])[0]))}")
-        more = self.second.of(self.choice.rows[WITH_SELF])[0]
-        return "\n".join([*lines, f"- what self-attention adds to {CROSS}: {shown(self.mean(more - best))}"])
+        best, more = (self.second.of(self.choice.rows[text])[0] for text in (CROSS, WITH_SELF))
+        others = ("DAAM: mean of all", "geometric mean against the strongest word")
+        gaps = {f"{CROSS} minus {text}": self.mean(best - self.second.of(FIXED[text])[0]) for text in others}
+        gaps[f"what self-attention adds to {CROSS}"] = self.mean(more - best)
+        self.settle()
+        return "\n".join([*lines, *(f"- {text}: {shown(cell)}" for text, cell in gaps.items())])
 
     def named(self) -> dict[str, Any]:
         """Return what the first tables have rows of, by their texts: fixed recipes, what was chosen, what needs the choice."""
