@@ -12,7 +12,7 @@ from interp.stores.chunks import placement_of
 from interp.stores.disk import QUEUE_BYTES, DiskWriter
 from interp.stores.errors import StoreError
 from interp.stores.files import plain
-from interp.stores.growth import stored_layout
+from interp.stores.growth import without_tables
 from interp.stores.identity import identify
 from interp.stores.layout_check import checked
 from interp.stores.lock import RunLock
@@ -59,7 +59,9 @@ def create_run(
     try:
         free = not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir()))
         if free and build(path, layout):
-            return DiskWriter(path, layout, queue_bytes=queue_bytes, clean=False, lock=lock)
+            return DiskWriter(
+                path, without_tables(layout, len(layout)), queue_bytes=queue_bytes, clean=False, lock=lock
+            )
         return DiskWriter(path, resumable(path, layout), queue_bytes=queue_bytes, clean=clean, lock=lock)
     except BaseException:
         if lock is not None:
@@ -85,7 +87,7 @@ def resumable(path: Path, layout: Layout) -> Layout:
     if differences:
         shown = "; ".join(differences[:6]) + ("; …" if len(differences) > 6 else "")
         raise StoreError(f"{path} holds a run of another plan ({shown}); choose another path, or ask for that plan")
-    return stored_layout(path, layout)
+    return without_tables(layout, n)
 
 
 def _differences(

@@ -14,7 +14,7 @@ from interp.stores.chunks import placement_of
 from interp.stores.codec import encode_parts
 from interp.stores.errors import StoreError
 from interp.stores.files import PARTIAL, publish, sweep, write_partial
-from interp.stores.growth import grow_files
+from interp.stores.growth import grow_files, with_tables, without_tables
 from interp.stores.identity import read_root
 from interp.stores.lock import RunLock
 from interp.stores.schema import Layout, TokenTable
@@ -121,7 +121,8 @@ class DiskWriter(RunWriter):
         self.drain()
         old = len(self)
         with naming(self.path):
-            self.layout = grow_files(self.path, self.layout, samples, tokens or {}, attrs or {})
+            new = grow_files(self.path, with_tables(self.path, self.layout), samples, tokens or {}, attrs or {})
+        self.layout = without_tables(new, len(new))
         listed = read_root(self.path)["consolidated_metadata"]["metadata"]
         self._metadata = {name: listed[name] for name in self._metadata}
         self._arrays = self.layout.arrays

@@ -87,20 +87,29 @@ def append_rows(folder: Path, values: np.ndarray, metadata: dict[str, Any], n: i
         write_file(folder / f".{first // rows}{PARTIAL}", target, data)
 
 
-def stored_layout(path: Path, layout: Layout) -> Layout:
-    """Return `layout` with the samples and token tables that the run at `path` has by now."""
+def without_tables(layout: Layout, n: int) -> Layout:
+    """Return the layout of `n` samples without what is known of each: a writer has no use for it, and it may be much."""
+    groups = {}
+    for name, group in layout.groups.items():
+        arrays = {k: replace(a, shape=(n, *a.shape[1:])) for k, a in group.arrays.items()}
+        coords = {k: (dims, None if dims[:1] == ("sample",) else v) for k, (dims, v) in group.coords.items()}
+        groups[name] = replace(group, arrays=arrays, coords=coords)
+    return Layout({}, groups, layout.attrs, size=n)
+
+
+def with_tables(path: Path, layout: Layout) -> Layout:
+    """Return a layout `without_tables` with those that lie in the run at `path`."""
     listed = json.loads((path / "zarr.json").read_text())["consolidated_metadata"]["metadata"]
 
     def read(name: str) -> np.ndarray:
         return read_table(path / name, listed[name], placement_of(listed[name]))
 
-    n = listed["sample"]["shape"][0]
-    columns = {name: read(name) for name in layout.samples}
+    own = ("sample", "status", "error")
+    columns = [n for n, found in listed.items() if found["node_type"] == "array" and "/" not in n and n not in own]
     groups = {}
     for name, group in layout.groups.items():
-        arrays = {k: replace(a, shape=(n, *a.shape[1:])) for k, a in group.arrays.items()}
         coords = {
             k: (dims, read(f"{name}/{k}") if dims[:1] == ("sample",) else v) for k, (dims, v) in group.coords.items()
         }
-        groups[name] = replace(group, arrays=arrays, coords=coords)
-    return Layout(columns, groups, layout.attrs)
+        groups[name] = replace(group, coords=coords)
+    return Layout({name: read(name) for name in columns}, groups, layout.attrs)

@@ -58,9 +58,11 @@ class Layout:
     samples: dict[str, Any]
     groups: dict[str, Group]
     attrs: dict[str, Any] = field(default_factory=dict)
+    size: int | None = None
+    """Number of samples where the table of samples is not held: then `samples` is empty, and labels of samples are None."""
 
     def __len__(self) -> int:
-        return len(self.samples["prompt"])
+        return len(self.samples["prompt"]) if self.size is None else self.size
 
     @property
     def arrays(self) -> dict[str, Array]:

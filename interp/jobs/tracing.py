@@ -90,6 +90,7 @@ class TraceWork(Work):
 
     def open(self, *, clean: bool) -> RunWriter:  # noqa: D102
         self._plan = stored_plan(self.store, self.asked, self.pipe)
+        self.__dict__.pop("asked")  # of many samples it takes as much memory again
         self._quiet = dict(getattr(self.pipe, "_progress_bar_config", {}))
         self.pipe.set_progress_bar_config(**{**self._quiet, "disable": True})
         return create_run(self.store, self._plan.layout, clean=clean, locked=True)
