@@ -15,7 +15,9 @@ from interp.errors import InterpError
 from interp.job_commands import RunPath, add_commands
 from interp.reproduction.command import add_command
 from interp.sweep_command import sweep
+from interp.warning import plainly
 
+INTERRUPTED = 130
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -274,13 +276,15 @@ def main() -> None:
     """Run the command line; a user's mistake is one sentence on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its notices on optional packages are not our user's
     try:
-        app()
+        with plainly():
+            app()
     except InterpError as error:
         print(f"interp: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interp: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:  # which Typer makes of Ctrl-C
+            print("interp: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

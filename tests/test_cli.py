@@ -192,3 +192,16 @@ def test_sweep(tmp_path: Path) -> None:
     assert done.returncode == 2 and "did you mean 'site'" in done.stderr
     done = interp(*asked[:3], "--over", "site=x", "-o", "other.zarr", "--intervene", "ablate", cwd=tmp_path)
     assert done.returncode == 2 and "write a list of values" in done.stderr
+
+
+def test_what_is_said_of_ctrl_c_and_in_warnings(monkeypatch, tmp_path):
+    from interp.warning import warn
+
+    def stopped(path):
+        warn("this is a warning")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("interp.stores.open_run", stopped)
+    done = interp("info", str(tmp_path))
+    assert done.returncode == 130
+    assert done.stderr == "interp: this is a warning\ninterp: interrupted; the same command goes on where it stopped\n"
