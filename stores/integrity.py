@@ -1,8 +1,9 @@
 """`verify`: is everything that a run says is done really there, whole and finite?"""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from interp.stores.validation import validate
 if TYPE_CHECKING:
     from interp.stores.reader import Run
 
+Evaluated = Callable[[], xr.DataArray | None]
 DELAY = 1.0
 """Seconds after which a bar appears."""
 
@@ -76,7 +78,7 @@ def _check(run: "Run", *, progress: bool) -> list[Problem]:
     finished = np.flatnonzero(status == DONE).tolist()
     for at in tqdm(finished, unit="sample", delay=DELAY, leave=False) if progress else finished:
         number = int(numbers[at])
-        evaluated = _evaluated(run, at) if not tables else None  # which goes by their labels
+        evaluated = (lambda: None) if tables else partial(_evaluated, run, at)  # which goes by their labels
         for path, array in arrays.items():
             texts = _files(local / path, path, listed[path], number) if local and path in listed else []
             texts += _values(path, array, at, number, evaluated)
@@ -201,25 +203,26 @@ def _evaluated(run: "Run", at: int) -> xr.DataArray | None:
     return xr.concat([scale != 0, scale != 1], "branch").assign_coords(branch=["cond", "uncond"])
 
 
-def _values(path: str, array: xr.DataArray, at: int, number: int, evaluated: xr.DataArray | None) -> list[str]:
+def _values(path: str, array: xr.DataArray, at: int, number: int, evaluated: Evaluated) -> list[str]:
     row = find_variable(path)
     try:
-        values = array.isel(sample=at).load()
-        if row is None or values.dtype.kind != "f" or row.nan == "allowed":
+        values = array.variable.isel(sample=at).load()
+        if row is None or values.dtype.kind != "f" or row.nan == "allowed" or np.isfinite(values.values).all():
             return []
-        wrong = _not_finite(values, row, evaluated)
+        wrong = _not_finite(array.isel(sample=at).copy(data=values.values), row, evaluated)
     except (ValueError, OSError, RuntimeError, KeyError) as error:
-        return [f"sample {number}: {path} cannot be read: {error}"]
+        return [f"sample {number}: {path} cannot be read: {error.__cause__ or error}"]
     return [f"sample {number}: {path} has {wrong} values that are not finite"] if wrong else []
 
 
-def _not_finite(values: xr.DataArray, row: Variable, evaluated: xr.DataArray | None) -> int:
+def _not_finite(values: xr.DataArray, row: Variable, evaluated: Evaluated) -> int:
     """Count the values that are neither finite nor NaN where NaN means "not there"."""
     bad = ~np.isfinite(values)
     if row.nan == "unused token" and "token_role" in values.coords:
         bad = bad & (values["token_role"] != "")
-        if evaluated is not None:
-            bad = bad & evaluated.sel(step=values["step"], branch=values["branch"])
+        branches = evaluated()
+        if branches is not None:
+            bad = bad & branches.sel(step=values["step"], branch=values["branch"])
     if row.nan == "other branch":
         absent = values.isnull().all([d for d in values.dims if d not in ("step", "branch")])
         bad = bad & ~(absent & ~absent.all("branch"))
