@@ -84,8 +84,18 @@ def spread(tensor: torch.Tensor, members: tuple[int, ...], samples: int) -> torc
     return whole.index_copy_(0, numbers(members, tensor.device), tensor)
 
 
-def stack_branches(parts: dict[str, torch.Tensor], wanted: Sequence[str], like: torch.Tensor) -> torch.Tensor:
-    """Stack branches to (sample, branch, …); one that was not evaluated is NaN, never 0."""
-    device = next((t.device for t in parts.values()), like.device)
-    empty = torch.full(like.shape, float("nan"), dtype=like.dtype, device=device)
-    return torch.stack([parts.get(b, empty) for b in wanted], dim=1)
+def stack_branches(
+    parts: Mapping[str, torch.Tensor], wanted: Sequence[str], shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Stack branches to (sample, branch, …); one that was not evaluated is NaN, never 0.
+
+    shape, dtype: (sample, …) of a branch, for those that are missing. A single branch that is there is not copied.
+    """
+    if len(wanted) == 1 and wanted[0] in parts:
+        return parts[wanted[0]].unsqueeze(1)
+    given = {b: parts[b] for b in wanted if b in parts}
+    if len(given) < len(wanted):
+        device = next((t.device for t in parts.values()), None)
+        absent = torch.full(tuple(shape), float("nan"), dtype=dtype, device=device)
+        given = {b: given.get(b, absent) for b in wanted}
+    return torch.stack(list(given.values()), dim=1)

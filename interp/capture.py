@@ -21,6 +21,11 @@ Reduce = Reducer | str
 Selection = tuple[int, ...] | str
 Region = tuple[float, float, float, float]
 
+WITHIN_TEXT = (
+    "attention of {!r} goes from text to text, which a run has no place for "
+    "(interp.HookRegistry(pipe) reads and writes it)"
+)  # fmt: skip
+
 _ALWAYS_IN_SPEC = (
     "attention", "heads", "tokens", "branches", "steps", "latents", "noise_pred", "sites", "text", "image", "reduce",
     "dtype",
@@ -203,6 +208,8 @@ budget, mantissa
         """
         if self.attention is None:
             return []
+        lacking = {**lacking, **{s.name: WITHIN_TEXT.format(s.name) for s in sites if not PARTS[s.kind]}}
+        sites = [s for s in sites if PARTS[s.kind]]
         if self.attention in ("cross", "self", "text", "all"):
             parts = [AttentionPart(s, p) for s in sites for p in PARTS[s.kind] if self.attention in ("all", p)]
             if lacking and (not parts or self.attention == "all"):

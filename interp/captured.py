@@ -14,7 +14,7 @@ from interp.errors import InterpError
 from interp.families import Arguments, Family
 from interp.hooks import At
 from interp.named_reductions import Named, named
-from interp.rehearsal import site_shapes
+from interp.rehearsal import LATENTS, TEXT, Passing, passing
 from interp.stores.table import ROLES
 
 UPDATE = "update"
@@ -36,16 +36,13 @@ class SiteCapture:
     cells: np.ndarray | tuple[slice, slice] | None = field(default=None, compare=False)
     image: Literal["first", "last"] | None = None
     """Where the image's positions lie, if the text's beside them are left out: they are as many as a prompt has tokens."""
+    of: frozenset[str] = frozenset({LATENTS, TEXT})
+    """What it depends on: the latents (and the time), the text, both, or neither."""
 
     @property
     def quantity(self) -> str:
         """What of the module: `in`, `out`, `update`, `q`, `k` or `v`."""
         return self.site.rpartition(":")[2]
-
-    @property
-    def of_text(self) -> bool:
-        """Whether it is made from the text alone: keys and values of cross-attention."""
-        return "token" in self.dims
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -110,10 +107,10 @@ def captured_sites(family: Family, capture: Capture, arguments: Arguments) -> li
     if not wanted:
         return []
     sources = [s for site in wanted for s in SiteCapture(site, (), ()).sources]
-    shapes = site_shapes(family, sorted({*sources}), arguments)
+    met = passing(family, sorted({*sources}), arguments)
     _, grids = dry_run(family, arguments)
     kinds = {s.name: s.kind for s in attention_sites(family)}
-    found = [_site(family, capture, site, shapes, grids, kinds) for site in wanted]
+    found = [_site(family, capture, site, met, grids, kinds) for site in wanted]
     return _of_the_image(family, capture, found, arguments) if family.ragged else found
 
 
@@ -122,7 +119,8 @@ def _of_the_image(
 ) -> list[SiteCapture]:
     """Leave the text out of sites that hold it beside the image, where its length depends on the prompt."""
     shorter = {**arguments, "max_sequence_length": family.text_length(arguments) // 2}
-    whole, less = (site_shapes(family, sorted({s.sources[0] for s in sites}), a) for a in (arguments, shorter))
+    sources = sorted({s.sources[0] for s in sites})
+    whole, less = ({s: p.shape for s, p in passing(family, sources, a).items()} for a in (arguments, shorter))
     grid, found = family.grid(arguments), []
     assert grid is not None
     for site in sites:
@@ -136,7 +134,7 @@ def _of_the_image(
                 "read it with interp.HookRegistry"
             )
         shape = tuple(math.prod(grid) if d == "position" else n for d, n in zip(site.dims, site.shape, strict=True))
-        plain = SiteCapture(site.site, site.dims, shape, grid)
+        plain = SiteCapture(site.site, site.dims, shape, grid, of=site.of)
         found.append(replace(_cropped(capture, plain), image=family.image_lies))
     return found
 
@@ -146,6 +144,7 @@ def _matched(family: Family, pattern: str) -> list[str]:
         return [f"{s.rpartition(':')[0]}:{UPDATE}" for s in match_sites(family, pattern.removesuffix(UPDATE) + "out")]
     found = match_sites(family, pattern)
     if found[0].endswith(":probs"):
+        captured_attention(family, Capture(attention=pattern), family.arguments())  # refuses what it has no place for
         raise InterpError(
             f"Capture(sites={pattern!r}) asks for attention probabilities; keep them by Capture(attention={pattern!r})"
         )
@@ -153,11 +152,11 @@ def _matched(family: Family, pattern: str) -> list[str]:
 
 
 def _site(
-    family: Family, capture: Capture, site: str, shapes: dict[str, tuple[int, ...]],
+    family: Family, capture: Capture, site: str, met: dict[str, Passing],
     grids: dict[str, tuple[int, int]], kinds: dict[str, str],
 ) -> SiteCapture:  # fmt: skip
     one = SiteCapture(site, (), ())
-    missing = [s for s in one.sources if s not in shapes]
+    missing = [s for s in one.sources if s not in met]
     path = site.rpartition(":")[0]
     if missing:
         where = (
@@ -168,7 +167,7 @@ def _site(
         raise InterpError(
             f"Capture(sites={site!r}): no tensor passes there in a plain call of the denoiser, so it cannot be kept{where}"
         )
-    first, last = shapes[one.sources[0]], shapes[one.sources[-1]]
+    first, last = met[one.sources[0]].shape, met[one.sources[-1]].shape
     if first != last:
         raise InterpError(
             f"Capture(sites={site!r}): the module's input has shape {first} and its output {last}, so there is no "
@@ -177,7 +176,8 @@ def _site(
     dims = _dims(one.quantity, first, kinds.get(path, ""))
     if dims is None:
         raise InterpError(f"{site!r} has shape {first}, which has no labels; read it with interp.HookRegistry")
-    return _cropped(capture, SiteCapture(site, dims, first, grid_of(dims, first, path, grids)))
+    of = frozenset().union(*(met[s].of for s in one.sources))
+    return _cropped(capture, SiteCapture(site, dims, first, grid_of(dims, first, path, grids), of=of))
 
 
 def _dims(quantity: str, shape: tuple[int, ...], kind: str) -> tuple[str, ...] | None:
@@ -205,7 +205,7 @@ def _cropped(capture: Capture, site: SiteCapture) -> SiteCapture:
     if site.dims == ("channel", "y", "x"):
         rows, columns = capture.chosen_cells((site.shape[1], site.shape[2]))
         cut = (site.shape[0], rows.stop - rows.start, columns.stop - columns.start)
-        return SiteCapture(site.site, site.dims, cut, site.grid, (rows, columns))
+        return replace(site, shape=cut, cells=(rows, columns))
     if "position" not in site.dims or site.quantity in ("k", "v"):
         return site
     if site.grid is None:
@@ -215,7 +215,7 @@ def _cropped(capture: Capture, site: SiteCapture) -> SiteCapture:
         )
     cells = np.arange(site.grid[0] * site.grid[1]).reshape(site.grid)[capture.chosen_cells(site.grid)].ravel()
     shape = tuple(len(cells) if d == "position" else n for d, n in zip(site.dims, site.shape, strict=True))
-    return SiteCapture(site.site, site.dims, shape, site.grid, cells)
+    return replace(site, shape=shape, cells=cells)
 
 
 def captured_reductions(family: Family, capture: Capture, arguments: Arguments, columns: int) -> list[ReduceCapture]:
@@ -261,18 +261,9 @@ def _named_reduction(
         )
     if capture.region is not None:
         raise InterpError(f"Capture(reduce={name!r}): {reduction!r} is of the whole picture; leave out region")
-    heads, grids = {one.site.heads for one in layers}, {one.site.grid for one in layers}
-    if ("head" in chosen.dims and len(heads) > 1) or (
-        "y" in chosen.dims and "layer" not in chosen.over and len(grids) > 1
-    ):
-        what = "numbers of heads" if len(heads) > 1 and "head" in chosen.dims else "grids"
-        raise InterpError(
-            f"Capture(reduce={name!r}): the layers have different {what}; name layers of one, e.g. "
-            f"({layers[0].name!r}, {reduction!r}), once for each"
-        )
     one = ReduceCapture(name, layers, (), chosen.dims, named=chosen)
     y, x = one.largest
-    sizes = {"head": max(heads), "role": len(ROLES), "token": columns, "y": y, "x": x}
+    sizes = {"head": max(one.site.heads for one in layers), "role": len(ROLES), "token": columns, "y": y, "x": x}
     return replace(one, shape=tuple(sizes[d] for d in chosen.dims))
 
 

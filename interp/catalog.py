@@ -23,7 +23,8 @@ QUANTITIES = ("in", "out", "q", "k", "v", "probs")
 class Site:
     """One row of the catalogue: name `path:quantity`, kind, and the shape of one sample's tensor.
 
-    kind: `cross`, `self` or `joint` for attention probabilities (head, query, key), `module` for a module's output.
+    kind: `cross`, `self`, `joint` or `text` (from text to text) for attention probabilities (head, query, key), `module` for
+    a module's output.
     """
 
     name: str
@@ -99,7 +100,8 @@ def probs_shape(
     if site.kind == "joint":
         length = family.joint_length(arguments)
         return site.heads, length, length
-    return site.heads, image, image if site.kind == "self" else family.text_length(arguments)
+    text = family.text_length(arguments)
+    return site.heads, text if site.kind == "text" else image, image if site.kind == "self" else text
 
 
 def dry_run(

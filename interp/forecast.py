@@ -2,11 +2,12 @@
 
 Nothing is estimated by formula: the denoiser is called with the rows of the largest batch, the recorder keeps and reduces
 what it keeps and reduces in a real step, and the autoencoder decodes; every tensor that is made is counted as long as it
-lives. What kernels use within themselves (workspaces of convolutions and matrix products) is not seen.
+lives. Of what kernels use within themselves the largest is counted, too: a convolution on a GPU brings both its sides into
+the order (row, y, x, channel), in memory of its own. What is left out is small (matrix products, splits).
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from interp.calls import DenoiserCall
-from interp.families import DenoiserInputs, Family
+from interp.families import Arguments, DenoiserInputs, Family
 from interp.hooks import HookRegistry
 from interp.undressing import undressed, without_data
 
@@ -23,19 +24,26 @@ if TYPE_CHECKING:
 
 
 class Counted(TorchDispatchMode):
-    """Count the bytes of all tensors that operations make while active, and the most that lived at once."""
+    """Count the bytes of all tensors that operations make while active, and the most that lived at once.
 
-    def __init__(self) -> None:
+    device: the type of the device whose tensors count; None for all.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
         super().__init__()
+        self._device = device
         self.now = self.most = 0
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for one in tree_leaves(out):
-            if isinstance(one, torch.Tensor) and id(one.untyped_storage()) not in given:
-                self._note(one.untyped_storage())
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and self._device in (None, t.device.type)]
+        for storage in (t.untyped_storage() for t in made):
+            if id(storage) not in given:
+                self._note(storage)
+        if func is torch.ops.aten.convolution.default:
+            self.most = max(self.most, self.now + _reordered(args[0], out))
         return out
 
     def _note(self, storage: torch.UntypedStorage) -> None:
@@ -49,6 +57,17 @@ class Counted(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.pop(key, None)
         self.now -= size
+
+
+def _reordered(*sides: torch.Tensor) -> int:
+    """Bytes that a convolution on a GPU takes for itself: cuDNN computes channels last, and copies what lies otherwise."""
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}
+    turned = [t for t in sides if t.is_cuda and t.ndim in order and not t.is_contiguous(memory_format=order[t.ndim])]
+    return _bytes(turned)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def weights(pipe: Any) -> int:
@@ -68,8 +87,25 @@ def peak_memory(family: Family, plan: "Plan", recorded: bool = True) -> int:
         recorded: False counts the same call untraced.
     """
     held = weights(family.pipe)
-    working = max(_denoising(family, plan, recorded), _decoding(family, plan))
+    working = max(_encoding(family, plan), _denoising(family, plan, recorded), _decoding(family, plan))
     return held + working
+
+
+def _encoding(family: Family, plan: "Plan") -> int:
+    """The text of a batch, which each encoder reads at its full length; a language model keeps the states of all layers."""
+    rows, most = max(map(len, plan.batches)), 0
+    arguments = plan.arguments if family.encodes_padded else _as_long(family, plan)
+    segments = family.text_segments(arguments)
+    for name, (tokenizer, encoder) in {} if family.fallback else family.text_encoders.items():
+        if name in segments:
+            length = len(range(family.text_length(arguments))[segments[name]]) + family.encoder_offset
+        else:
+            length = min(int(tokenizer.model_max_length), 512)
+        with undressed(encoder), without_data(encoder) as device, Counted(device) as counted:
+            ids = torch.ones(rows, length, dtype=torch.long)
+            encoder(input_ids=ids, attention_mask=ids, output_hidden_states=True)
+        most = max(most, counted.most)
+    return most
 
 
 def _denoising(family: Family, plan: "Plan", recorded: bool) -> int:
@@ -82,21 +118,31 @@ def _denoising(family: Family, plan: "Plan", recorded: bool) -> int:
     with (
         family.rehearsing(),
         HookRegistry(family.pipe, family) as hooks,
-        without_data(family.denoiser),
-        Counted() as counted,
+        without_data(family.denoiser) as device,
+        Counted(device) as counted,
     ):
         recorder = Recorder(hooks, None, plan, batch) if recorded else None  # type: ignore[arg-type]
         step = max(plan.capture.chosen_steps(len(plan.timeline)), default=0)
         outputs = []
-        inputs = repeated(family, family.dry_inputs(plan.arguments), len(batch) * len(calls[0]))
+        row = family.dry_inputs(_as_long(family, plan))
+        kept = repeated(family, row, len(batch) * len(branches))  # latents and text, as the pipeline holds them
+        inputs = repeated(family, row, len(batch) * len(calls[0]))
         for one in calls:
             held = dict.fromkeys(one, tuple(range(len(batch))))
             call = DenoiserCall(inputs.args, inputs.kwargs, held, step, lambda: 0.0, 0, len(batch), one)
             outputs.append(hooks.rehearse(inputs, call))
-        del inputs
+        del row, inputs
         if recorder is not None:
             recorder.rehearse(step, branches)
+        del kept
         return counted.most
+
+
+def _as_long(family: Family, plan: "Plan") -> Arguments:
+    """Arguments of a call with the longest of the plan's texts, where the denoiser is given no more positions than tokens."""
+    if not family.ragged:
+        return plan.arguments
+    return {**plan.arguments, "max_sequence_length": max(len(t.ids) for t in (*plan.tokens, *plan.negatives))}
 
 
 def _decoding(family: Family, plan: "Plan") -> int:
@@ -107,11 +153,15 @@ def _decoding(family: Family, plan: "Plan") -> int:
     rows = 1 if getattr(vae, "use_slicing", False) else max(map(len, plan.batches))
     shape = family.latent_shape(plan.arguments)
     video = any(isinstance(m, torch.nn.Conv3d) for m in vae.modules())
-    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    with undressed(vae), without_data(vae), Counted() as counted:
+    with undressed(vae), without_data(vae) as device, Counted(device) as counted:
         latents = torch.empty(rows, *shape, dtype=vae.dtype)
         vae.decode(latents.unsqueeze(2) if video else latents, return_dict=False)
-        return counted.most * (2 if upcast else 1)
+    return 2 * counted.most + _bytes(vae.parameters()) if _upcasts(family.pipe, vae) else counted.most
+
+
+def _upcasts(pipe: Any, vae: Any) -> bool:
+    """Tell whether the pipeline decodes in float32 what it computes in float16: some do, where the autoencoder asks for it."""
+    return vae.dtype == torch.float16 and hasattr(pipe, "upcast_vae") and getattr(vae.config, "force_upcast", False)
 
 
 def repeated(family: Family, inputs: DenoiserInputs, rows: int) -> DenoiserInputs:

@@ -309,6 +309,8 @@ class HookRegistry:
         return call
 
     def _wants_probs(self, kernel: AttentionCall) -> bool:
+        if not self._listeners.anywhere(kernel.site):
+            return False
         call = self._calling(kernel)
         return call is not None and self._listeners.listens(f"{kernel.site}:probs", call.step)
 
@@ -322,6 +324,8 @@ class HookRegistry:
             return
         for fn in self._attention.get(kernel.site, ()):
             fn(kernel, call)
+        if not self._listeners.anywhere(kernel.site):
+            return
         for quantity, tensor in (("q", kernel.query), ("k", kernel.key), ("v", kernel.value)):
             site = f"{kernel.site}:{quantity}"
             if self._listeners.writes(site):

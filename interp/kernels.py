@@ -62,6 +62,12 @@ class AttentionCall:
         assert self.query is not None and self.key is not None
         return int(self.query.shape[-2]), int(self.key.shape[-2])
 
+    def without_value(self) -> "AttentionCall":
+        """The same without `value`; made by hand, since it is asked for at every call of a kernel."""
+        return AttentionCall(
+            self.site, self.query, self.key, None, self.mask, self.scale, self.causal, self.probs, self.call
+        )
+
     def probabilities(self, rows: slice = slice(None), queries: slice = slice(None)) -> torch.Tensor:
         """Softmax over all keys in float32, for the wanted rows and queries: (rows, head, query, key)."""
         if self.probs is not None:
@@ -130,6 +136,9 @@ def watch_kernels() -> Callable[[], None]:
     return restore
 
 
+_REST = ("attn_mask", "dropout_p", "is_causal", "scale")
+
+
 def _observed_sdpa(sdpa: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def observed(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
@@ -139,7 +148,7 @@ def _observed_sdpa(sdpa: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
         if not stack:
             return out
         frame = stack[-1]
-        given = {**dict(zip(("attn_mask", "dropout_p", "is_causal", "scale"), args, strict=False)), **kwargs}
+        given = {**dict(zip(_REST, args, strict=False)), **kwargs} if args else kwargs
         scale = given.get("scale")
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         causal = given.get("is_causal", False)

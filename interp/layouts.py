@@ -157,10 +157,22 @@ def _config_hash(pipe: Any) -> str:
 @torch.no_grad()
 def _weights_hash(module: torch.nn.Module) -> str:
     """A digest of a few values of every parameter: a resumed run must not go on with other weights."""
+    in_files = _in_files(module)
+    here = {n: p for n, p in sorted(module.named_parameters()) if p.device.type != "meta" and id(p) not in in_files}
+    few = {n: p.detach().flatten()[:: max(1, p.numel() // 4)][:4].float() for n, p in here.items()}
+    values: dict[str, torch.Tensor] = {}
+    for device in {t.device for t in few.values()}:  # waited for once, not for every parameter
+        on = {n: t for n, t in few.items() if t.device == device}
+        values |= dict(zip(on, torch.cat(list(on.values())).cpu().split([len(t) for t in on.values()]), strict=True))
     digest = hashlib.sha256()
-    for name, p in sorted(module.named_parameters()):
-        if p.device.type == "meta":  # offloaded
-            continue
+    for name in here:
         digest.update(name.encode())
-        digest.update(p.detach().flatten()[:: max(1, p.numel() // 4)][:4].float().cpu().numpy().tobytes())
+        digest.update(values[name].numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _in_files(module: torch.nn.Module) -> set[int]:
+    """Parameters, by identity, whose values diffusers' group offload keeps in files: in between they hold anything."""
+    registries = [getattr(m, "_diffusers_hook", None) for m in module.modules()]
+    groups: list[Any] = [getattr(h, "group", None) for one in registries if one is not None for h in one.hooks.values()]
+    return {id(t) for g in groups if getattr(g, "offload_to_disk_path", None) is not None for t in g.tensor_to_key}

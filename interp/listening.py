@@ -29,6 +29,11 @@ class Listeners:
 
     _readers: dict[str, list[_Listener]] = field(default_factory=dict)
     _writers: dict[str, list[_Listener]] = field(default_factory=dict)
+    _paths: set[str] = field(default_factory=set)
+
+    def anywhere(self, path: str) -> bool:
+        """Tell whether somebody reads or writes any quantity of a module."""
+        return path in self._paths
 
     @property
     def sites(self) -> list[str]:
@@ -38,6 +43,7 @@ class Listeners:
     def add(self, site: str, fn: SiteFunction, steps: Collection[int] | None, *, writes: bool) -> None:
         """Let `fn` read or write a site in these steps; None is all of them."""
         (self._writers if writes else self._readers).setdefault(site, []).append(_Listener(fn, steps))
+        self._paths.add(site.rpartition(":")[0])
 
     def writers(self) -> list[tuple[str, Collection[int] | None]]:
         """Site and steps of each writer."""

@@ -64,7 +64,8 @@ def _token_mass(probs: torch.Tensor, place: Place) -> torch.Tensor:
 
 
 def _mean_map(probs: torch.Tensor, place: Place) -> torch.Tensor:
-    return place.tokens(probs.mean(1, keepdim=True))[:, 0].unflatten(-1, place.grid)
+    maps = place.tokens(probs.mean(1, keepdim=True))[:, 0].unflatten(-1, place.grid)
+    return maps if place.grid == place.largest else F.interpolate(maps, size=place.largest, mode="nearest-exact")
 
 
 def _daam(probs: torch.Tensor, place: Place) -> torch.Tensor:
@@ -87,8 +88,9 @@ NAMED = {
 
 `entropy`: of each query's probabilities in nats, mean over the queries. `role_mass`: probability of all tokens of a role
 (bos, word, eos, pad, template), mean over the queries. `token_mass`: the same of each token column. `mean_map`: a token's
-map, mean over heads and steps. `daam`: a token's maps summed over heads, layers and steps, each brought to the largest grid
-by bicubic interpolation (Tang et al., arXiv:2210.04885).
+map, mean over heads and steps; cells of a smaller grid are repeated, so that all layers have the largest. `daam`: a token's
+maps summed over heads, layers and steps, each brought to the largest grid by bicubic interpolation (Tang et al.,
+arXiv:2210.04885). Layers with fewer heads than others have NaN beyond them.
 """
 
 

@@ -55,6 +55,7 @@ class HookProbs(torch.nn.Module):
         self.watches: list[Watch] = []
         self.handles: list[Any] = []
         self.starter: Callable[[], None] | None = None  # watches the kernels; while somebody could be interested
+        self.on_call = partial(_passed, self)
 
     def forward(self, probs: torch.Tensor) -> torch.Tensor:
         """Return the probabilities."""
@@ -85,7 +86,12 @@ class HookProbs(torch.nn.Module):
         return bool(self._forward_hooks or self._forward_pre_hooks)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "watches": [], "handles": [], "starter": None}  # a copy of the model is not watched
+        own = {name: value for name, value in self.__dict__.items() if name != "on_call"}
+        return {**own, "watches": [], "handles": [], "starter": None}  # a copy of the model is not watched
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.on_call = partial(_passed, self)
 
 
 class KernelObserver:
@@ -153,8 +159,10 @@ def _start(point: HookProbs, module: torch.nn.Module) -> None:
 
 
 def _enter(point: HookProbs, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    hidden = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-    enter_frame(Frame(point.site, module, partial(_passed, point), rows=hidden.shape[0]))
+    hidden = args[0] if args else None
+    if not isinstance(hidden, torch.Tensor):
+        hidden = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+    enter_frame(Frame(point.site, module, point.on_call, rows=hidden.shape[0]))
 
 
 def _leave(point: HookProbs, module: torch.nn.Module, args: tuple, output: Any) -> None:

@@ -72,7 +72,11 @@ class Plan:
     def bytes_by_array(self) -> dict[str, int]:
         """Bytes of each array's files, before compression; metadata under `""`."""
         kept = self.capture.chosen_steps(len(self.timeline))
-        return planned_bytes(self.layout, self.sites, self.conditions, self.timeline, kept, self.capture.branches)
+        reductions = [one.name for one in self.reductions if "step" not in one.over]
+        return planned_bytes(
+            self.layout, self.sites, reductions, self.conditions, self.timeline, kept, self.capture.branches,
+            self.family.guided(self.arguments),
+        )  # fmt: skip
 
     @property
     def bytes(self) -> int:

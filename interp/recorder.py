@@ -145,7 +145,7 @@ class Recorder:
             parcel["trajectory/latents"] = start.latents.float()
         if self.plan.capture.noise_pred:
             predicted = {b: t.float() for b, t in self._noise.items()}
-            parcel["trajectory/noise_pred"] = stack_branches(predicted, BRANCHES, start.latents.float())
+            parcel["trajectory/noise_pred"] = stack_branches(predicted, BRANCHES, start.latents.shape)
         parcel["trajectory/guidance_scale"] = self._applied_guidance()
         if start.step in self._kept:
             parcel |= self._reduced(start.step)
@@ -202,8 +202,8 @@ class Recorder:
                     f"{site.site!r} did not run in this step, so it cannot be recorded; a cache that skips blocks must be "
                     "turned off (disable_cache() of the denoiser, DeepCache and the like)"
                 )
-            like = torch.empty((len(self.samples), *site.shape))
-            parcel[f"{site_node(site.site)}/value"] = stack_branches(parts, wanted, like)
+            whole = (len(self.samples), *site.shape)
+            parcel[f"{site_node(site.site)}/value"] = stack_branches(parts, wanted, whole)
         return parcel
 
     def _append(self, step: int, arrays: dict[str, np.ndarray]) -> None:
@@ -260,7 +260,7 @@ class Recorder:
             width = self.plan.layout.arrays[array].shape[2]
             parts = {b: t[:, span].float().cpu() for b, t in self._text.items()}
             parts = {b: F.pad(t, (0, 0, 0, width - t.shape[1]), value=float("nan")) for b, t in parts.items()}
-            found[array] = stack_branches(parts, BRANCHES, next(iter(parts.values())))
+            found[array] = stack_branches(parts, BRANCHES, next(iter(parts.values())).shape)
         if self._text and self.plan.capture.text == "layers":
             found |= self._hidden_states()
         return found
@@ -281,7 +281,7 @@ class Recorder:
                 read = name in family.text_segments(plan.arguments)
                 lengths = [sum(t >= 0 for t in known[i].ids) if read and family.ragged else width for i in self.samples]
                 parts[branch] = fitted(states[name], lengths, width)
-            found[array] = stack_branches(parts, BRANCHES, next(iter(parts.values())))
+            found[array] = stack_branches(parts, BRANCHES, next(iter(parts.values())).shape)
         return found
 
 

@@ -57,10 +57,11 @@ class AttentionReducer:
         self._positions = None if selection is None else torch.from_numpy(selection.positions)
         pads = None if selection is None else selection.pads
         self._pads = None if pads is None else torch.from_numpy(pads)
+        self._known: dict[object, _Columns] = {}
 
     def __call__(self, layers: Sequence[Layer]) -> torch.Tensor:
         """Reduce all layers of a branch, in order."""
-        reduced: list[torch.Tensor | None] = [None] * len(layers)
+        whole: torch.Tensor | None = None
         for members in _alike(layers):
             for part in _chunks(layers, members):
                 blocks = []
@@ -68,13 +69,20 @@ class AttentionReducer:
                     probs = _probabilities([replace(layers[i], queries=queries) for i in part])
                     blocks.append(self._of_heads(probs))
                 probs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)  # (layer, sample, head, query, key)
-                for i, layer in zip(part, self.columns(probs, layers[part[0]].members), strict=True):
-                    reduced[i] = layer.to(self.dtype)
-        stacked = torch.stack([r for r in reduced if r is not None], dim=1)  # (sample, layer, head, token, position)
+                chosen = self.columns(probs, layers[part[0]].members).transpose(0, 1)
+                if whole is None:  # (sample, layer, head, token, position)
+                    shape = (len(chosen), len(layers), *chosen.shape[2:])
+                    whole = torch.empty(shape, dtype=self.dtype, device=chosen.device)
+                if len(part) == len(layers):  # in order, since they are alike: at one go
+                    whole.copy_(chosen)
+                    break
+                for i, layer in enumerate(part):
+                    whole[:, layer] = chosen[:, i]
+        assert whole is not None
         height, width = self.grid
         if self.part == "self":
-            return stacked.unflatten(-1, self.keys).unflatten(-3, (height, width))
-        return stacked.unflatten(-1, (height, width))
+            return whole.unflatten(-1, self.keys).unflatten(-3, (height, width))
+        return whole.unflatten(-1, (height, width))
 
     def _of_heads(self, probs: torch.Tensor) -> torch.Tensor:
         """Average or choose heads: (layer, sample, head, query, key)."""
@@ -91,22 +99,42 @@ class AttentionReducer:
         if self.part == "cross":
             probs = probs.transpose(-1, -2)
         layers, _, heads, length, image = probs.shape
+        key = members, length, probs.device
+        if key not in self._known:  # once a run, not at every step
+            self._known[key] = self._of_length(length, members, probs.device)
+        known = self._known[key]
+        columns = probs.gather(-2, known.index.expand(layers, -1, heads, -1, image)).masked_fill(
+            known.unused, float("nan")
+        )
+        if known.pads is not None and known.padless is not None:
+            summed = (probs * known.pads).sum(-2, keepdim=True).masked_fill(known.padless, float("nan"))
+            columns = torch.cat([columns[..., :-1, :], summed], dim=-2)
+        return columns
+
+    def _of_length(self, length: int, members: tuple[int, ...] | None, device: torch.device) -> "_Columns":
+        """What `columns` needs of some samples' tokens, beside so many keys; small, so nothing waits for the device."""
+        assert self._positions is not None
         chosen = slice(None) if members is None else list(members)
         positions = self._positions[chosen]
         unused = (positions < 0) | (positions >= length)  # the branch without text may be shorter
-        index, unused = (  # small, so they go with the launch, and nothing waits for the device
-            t[None, :, None, :, None].to(probs.device, non_blocking=True)
-            for t in (positions.clamp(0, length - 1), unused)
+        index, unused = (
+            t[None, :, None, :, None].to(device, non_blocking=True) for t in (positions.clamp(0, length - 1), unused)
         )
-        columns = probs.gather(-2, index.expand(layers, -1, heads, -1, image)).masked_fill(unused, float("nan"))
-        if self._pads is not None:
-            pads = self._pads[chosen]
-            pads = torch.nn.functional.pad(pads, (0, length - pads.shape[-1]))
-            pads = pads.to(probs.device, non_blocking=True)
-            summed = (probs * pads[None, :, None, :, None]).sum(-2, keepdim=True)
-            summed = summed.masked_fill(~pads.any(-1)[None, :, None, None, None], float("nan"))
-            columns = torch.cat([columns[..., :-1, :], summed], dim=-2)
-        return columns
+        if self._pads is None:
+            return _Columns(index, unused)
+        pads = torch.nn.functional.pad(self._pads[chosen], (0, length - self._pads.shape[-1]))
+        pads, padless = (t.to(device, non_blocking=True) for t in (pads, ~pads.any(-1)))
+        return _Columns(index, unused, pads[None, :, None, :, None], padless[None, :, None, None, None])
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which keys are a run's token columns, and which are summed into the last one, to be broadcast over layers and heads."""
+
+    index: torch.Tensor
+    unused: torch.Tensor
+    pads: torch.Tensor | None = None
+    padless: torch.Tensor | None = None
 
 
 def _probabilities(layers: Sequence[Layer]) -> torch.Tensor:

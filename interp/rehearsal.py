@@ -1,19 +1,67 @@
-"""One denoiser call on tensors without data, to learn the shapes that a recording will meet."""
+"""One denoiser call on tensors without data, to learn what a recording will meet: shapes, and what they are made of."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from interp.families import Arguments, Family
+from interp.families import Arguments, DenoiserInputs, Family
 from interp.hooks import At, HookRegistry
 from interp.structure import structure
 from interp.undressing import without_data
 
-_KNOWN: dict[Hashable, dict[str, tuple[int, ...] | None]] = {}
+LATENTS, TEXT = "latents", "text"
+_CHANGING = ("sample", "hidden_states", "x", "timestep", "t")
+"""Names that models give what differs from step to step."""
 
 
-def site_shapes(family: Family, sites: Sequence[str], arguments: Arguments) -> dict[str, tuple[int, ...]]:
-    """Return one sample's shape at each site (`path:quantity`); sites that do not run in a plain call are left out."""
+@dataclass(frozen=True)
+class Passing:
+    """What passes at a site: one sample's shape, and what it depends on: `latents` (and the time), `text`, both, or neither."""
+
+    shape: tuple[int, ...]
+    of: frozenset[str]
+
+
+_KNOWN: dict[Hashable, dict[str, Passing | None]] = {}
+
+
+class Following(TorchDispatchMode):
+    """Follow marks from tensors to all that is made of them, while active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._marks: dict[int, frozenset[str]] = {}
+        self._kept: list[torch.UntypedStorage] = []  # so that no other comes to have its number
+
+    def mark(self, tree: Any, marks: frozenset[str]) -> None:
+        """Put marks on all tensors in nested containers."""
+        for storage in _storages(tree):
+            if id(storage) not in self._marks:
+                self._kept.append(storage)
+            self._marks[id(storage)] = self._marks.get(id(storage), frozenset()) | marks
+
+    def marks(self, *trees: Any) -> frozenset[str]:
+        """Return the marks that have come to tensors."""
+        return frozenset().union(*(self._marks.get(id(s), frozenset()) for s in _storages(trees)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        marks = self.marks(args, kwargs)
+        if marks:
+            self.mark(out, marks)
+        return out
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def passing(family: Family, sites: Sequence[str], arguments: Arguments) -> dict[str, Passing]:
+    """Return what passes at each site (`path:quantity`); sites that do not run in a plain call are left out."""
     key = structure(family, arguments)
     if key not in _KNOWN and len(_KNOWN) > 64:
         _KNOWN.clear()
@@ -24,15 +72,27 @@ def site_shapes(family: Family, sites: Sequence[str], arguments: Arguments) -> d
     return {site: there for site in sites if (there := met[site]) is not None}
 
 
-def _met(family: Family, sites: Sequence[str], arguments: Arguments) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
+def _met(family: Family, sites: Sequence[str], arguments: Arguments) -> dict[str, Passing]:
+    found: dict[str, Passing] = {}
+    following = Following()
 
     def meet(tensor: torch.Tensor, at: At) -> None:
-        shapes.setdefault(at.site, tuple(int(n) for n in tensor.shape[1:]))
+        found.setdefault(at.site, Passing(tuple(int(n) for n in tensor.shape[1:]), following.marks(tensor)))
 
     with family.rehearsing(), HookRegistry(family.pipe, family) as hooks:
         for site in sites:
             hooks.read(site, meet)
-        with without_data(family.denoiser):
-            hooks.rehearse(family.dry_inputs(arguments))
-    return shapes
+        with without_data(family.denoiser), following:
+            inputs = family.dry_inputs(arguments)
+            _mark(family, inputs, following)
+            hooks.rehearse(inputs)
+    return found
+
+
+def _mark(family: Family, inputs: DenoiserInputs, following: Following) -> None:
+    """Latents and time come first, or go by their names; all else is of the text, unless it is the same for all rows."""
+    following.mark(inputs.args[:2], frozenset({LATENTS}))
+    following.mark(inputs.args[2:], frozenset({TEXT}))
+    for name, value in inputs.kwargs.items():
+        if name not in (*family.shared, "guidance"):
+            following.mark(value, frozenset({LATENTS if name in _CHANGING else TEXT}))

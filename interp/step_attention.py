@@ -2,10 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
 from interp.branches import numbers, spread, stack_branches
 from interp.capture import AttentionPart
@@ -56,7 +56,7 @@ class StepAttention:
 
     def add(self, kernel: AttentionCall, call: DenoiserCall) -> None:
         """Keep a kernel call until the step ends."""
-        self._calls[kernel.site].append((replace(kernel, value=None), call))  # values are not needed, and large
+        self._calls[kernel.site].append((kernel.without_value(), call))  # values are not needed, and large
 
     def clear(self) -> None:
         """Begin another step."""
@@ -69,14 +69,14 @@ class StepAttention:
             ran = [i for i, one in enumerate(members) if self._did_run(one.name)]
             layers = [self._layers(members[i]) for i in ran]
             shape = self.plan.layout.arrays[f"{name}/probs"].shape[3:]
-            like = torch.empty((len(self.samples), *shape), dtype=getattr(torch, self.plan.capture.dtype))
             parts = {}
             for b in wanted:
                 if layers and all(b in layer for layer in layers):
                     held = layers[0][b][0].members
                     part = spread(self._reducers[name]([layer[b][0] for layer in layers]), held, len(self.samples))
                     parts[b] = part if len(ran) == len(members) else _at_layers(part, ran, len(members))
-            parcel[f"{name}/probs"] = stack_branches(parts, wanted, like)
+            whole, dtype = (len(self.samples), *shape), getattr(torch, self.plan.capture.dtype)
+            parcel[f"{name}/probs"] = stack_branches(parts, wanted, whole, dtype)
         for one in self.plan.reductions:
             value = self._reduction(one, last)
             if value is not None:
@@ -123,8 +123,7 @@ class StepAttention:
             found = sums.result()
             count = len(one.layers) if keep_layers else 1
             by_layer = [{b: found[b, i] for b in wanted if (b, i) in found} for i in range(count)]
-        like = torch.empty((len(self.samples), *one.shape))
-        values = [stack_branches(parts, wanted, like) for parts in by_layer]
+        values = [stack_branches(parts, wanted, (len(self.samples), *one.shape)) for parts in by_layer]
         return torch.stack(values, dim=2) if keep_layers else values[0]
 
     def _reduce_layer(self, one: ReduceCapture, layer: AttentionPart) -> dict[str, torch.Tensor]:
@@ -138,6 +137,9 @@ class StepAttention:
                     roles = self._roles[branch][members] if one.named.of_text else None
                     place = Place(roles, self._selection.of(members), layer.site.grid, one.largest)
                     value = one.named.fn(probs, place)
+                    if one.named.dims[0] == "head":  # other layers may have more
+                        more = one.shape[0] - value.shape[1]
+                        value = F.pad(value, (*[0] * 2 * (value.ndim - 2), 0, more), value=float("nan"))
                 else:
                     assert one.fn is not None
                     value = one.fn(probs, call.at(f"{layer.name}:probs", branch))

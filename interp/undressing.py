@@ -50,17 +50,18 @@ def undressed(module: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_data(module: torch.nn.Module) -> Iterator[None]:
-    """Tensors that are made inside have no data, and lie on the module's device.
+def without_data(module: torch.nn.Module) -> Iterator[str]:
+    """Tensors that are made inside have no data, and lie on the module's device, whose type is given.
 
-    Weights that an offload has taken away lie nowhere: there, all of them are stood in for, on the CPU.
+    Weights that an offload has taken away lie nowhere, or on several devices: there, all of them are stood in for, on the CPU.
     """
     weights = [*module.parameters(), *module.buffers()]
-    offloaded = any(t.is_meta for t in weights)
-    device = "cpu" if offloaded or not weights else str(weights[0].device)
+    devices = {str(t.device) for t in weights} or {"cpu"}
+    offloaded = len(devices) > 1 or "meta" in devices
+    device = "cpu" if offloaded else devices.pop()
     weightless = stood_in(module) if offloaded else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(device), weightless:
-        yield
+        yield torch.device(device).type
 
 
 @contextmanager

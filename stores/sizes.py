@@ -46,11 +46,12 @@ def _bytes(node: Node, different: float | None) -> int:
     size = 4 if text else np.dtype(node.metadata["data_type"]).itemsize
     if place.inner is None:
         return _count(shape, place.outer) * (math.prod(place.outer) * size + _CRC)
-    chunks, chunk = _count(shape[1:], place.inner[1:]), math.prod(place.inner) * size + _CRC
-    stored = float(shape[0] * chunks)
+    chunks = float(shape[0] * _count(shape[1:], place.inner[1:]))
     if different is not None:
-        stored *= different / (shape[0] * shape[1] * shape[2])
-    return round(stored * chunk) + shape[0] * (math.prod(place.grid) * _ENTRY + _CRC)
+        chunks *= different / (shape[0] * shape[1] * shape[2])
+    # what fills the last chunks up is compressed to nothing
+    values = math.prod(shape) if place.compress else chunks * math.prod(place.inner)
+    return round(values * size + chunks * _CRC) + shape[0] * (math.prod(place.grid) * _ENTRY + _CRC)
 
 
 def _count(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:

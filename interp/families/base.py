@@ -51,7 +51,7 @@ class Family(CallFacts, TextFacts):
     # Attention
 
     def attention_kind(self, path: str, module: Any) -> str | None:
-        """`cross`, `self` or `joint`; None for a module that is no attention site. `path` is within the denoiser."""
+        """`cross`, `self`, `joint` or `text`; None for a module that is no attention site. `path` is within the denoiser."""
         return "cross" if module.is_cross_attention else "self"
 
     def attention_sites(self) -> list[AttentionSite]:
@@ -87,6 +87,8 @@ class Family(CallFacts, TextFacts):
             return Spans(image_queries=slice(0, queries), text_keys=slice(0, keys))
         if site.kind == "self":
             return Spans(image_queries=slice(0, queries), image_keys=slice(0, keys))
+        if site.kind == "text":
+            return Spans(text_queries=slice(0, queries), text_keys=slice(0, keys))
         raise NotImplementedError(f"{type(self).__name__} has joint attention and must say where its text lies")
 
     @contextmanager

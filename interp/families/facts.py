@@ -15,8 +15,8 @@ Arguments = Mapping[str, Any]
 class AttentionSite:
     """One attention module: its name without quantity, e.g. `unet.mid_block.attentions.0.transformer_blocks.0.attn2`.
 
-    kind: `cross` (image → text), `self` (image → image) or `joint` (one softmax over text and image); grid: (height,
-    width) of the image positions.
+    kind: `cross` (image → text), `self` (image → image), `joint` (one softmax over text and image) or `text` (text → text,
+    which no part of a run's attention is); grid: (height, width) of the image positions.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Spans:
         return queries, keys
 
 
-PARTS = {"cross": ("cross",), "self": ("self",), "joint": ("cross", "self", "text")}
+PARTS = {"cross": ("cross",), "self": ("self",), "joint": ("cross", "self", "text"), "text": ()}
 """Kind of a site → the parts of its probabilities that a run can keep, the first one being what a glob means."""
 
 

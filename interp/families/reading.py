@@ -17,6 +17,8 @@ class TextFacts(Described):
 
     ragged: ClassVar[bool] = False
     """Prompts have as many text states as tokens, unlike each other."""
+    encodes_padded: ClassVar[bool] = False
+    """The encoder reads as many positions as a prompt may have, whatever it has."""
     text_elsewhere: ClassVar[bool] = False
     """Text reaches the denoiser by another way than attention and a pooled vector."""
     text_arguments: ClassVar[Mapping[str, str]] = {"embeddings": "encoder_hidden_states"}

@@ -22,12 +22,13 @@ class ZImageFamily(Family):
     """`ZImagePipeline`: rows [cond, uncond], c + g·(c − u) of the pipeline's `guidance_scale` g, so w = 1 + g.
 
     The transformer predicts the negative of the flow that the scheduler is given. Attention of the refiners of the image
-    is self-attention; those of the caption see no image, and have no attention site.
+    is self-attention, that of the refiners of the caption goes from text to text.
     """
 
     name = "zimage"
     pipelines: ClassVar[frozenset[str]] = frozenset({"ZImagePipeline"})
     ragged: ClassVar[bool] = True
+    encodes_padded: ClassVar[bool] = True
     image_lies: ClassVar[Literal["first", "last"]] = "first"
 
     @property
@@ -36,14 +37,8 @@ class ZImageFamily(Family):
         return 2 * int(self.pipe.vae_scale_factor)
 
     def attention_kind(self, path: str, module: Any) -> str | None:
-        """The image's refiners, then the joint layers."""
-        return {"noise_refiner": "self", "layers": "joint"}.get(path.partition(".")[0])
-
-    def without_probabilities(self) -> dict[str, str]:
-        """Attention of the caption's refiners, from text to text: a run holds what reaches the image, or comes from it."""
-        why = "attention of Z-Image's caption refiners goes from text to text, which a run has no place for"
-        paths = [path for path, module in self.denoiser.named_modules() if isinstance(module, self.attention)]
-        return {f"transformer.{path}": why for path in paths if self.attention_kind(path, None) is None}
+        """The image's refiners, the caption's, then the joint layers."""
+        return {"noise_refiner": "self", "context_refiner": "text", "layers": "joint"}.get(path.partition(".")[0])
 
     def guided(self, arguments: Arguments) -> bool:
         """Guidance is on above 0."""

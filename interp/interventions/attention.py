@@ -79,7 +79,8 @@ class AttentionChange(_Where):
         """
         part, every = self.changed_part, attention_sites(family)
         if part is None:
-            sites = chosen_layers(self, self.layers or ("*",), every)
+            among = every if self.layers else [s for s in every if PARTS[s.kind]]  # unasked, none within the text
+            sites = chosen_layers(self, self.layers or ("*",), among)
         else:
             among = [s for s in every if part in PARTS[s.kind]]
             sites = chosen_layers(self, self.layers or (part,), among, f"layer with {part}-attention")

@@ -11,7 +11,7 @@ from interp.errors import InterpError
 from interp.families import Family
 from interp.hooks import At, HookRegistry
 from interp.interventions.base import Batch
-from interp.rehearsal import site_shapes
+from interp.rehearsal import passing
 from interp.tokens import Tokens, tokenize
 
 BRANCHES = {"cond": ("cond",), "uncond": ("uncond",), "both": ("cond", "uncond")}
@@ -48,7 +48,8 @@ class Place:
         if quantity == "out":
             found = dry_run(self.family, self.batch.arguments)[0].get(path)
         else:
-            found = site_shapes(self.family, [self.site], self.batch.arguments).get(self.site)
+            met = passing(self.family, [self.site], self.batch.arguments).get(self.site)
+            found = None if met is None else met.shape
         if found is None:
             raise InterpError(
                 f"no tensor passes at {self.site!r} in a call of the denoiser, so nothing can be changed there"

@@ -183,20 +183,21 @@ def scheduled(pipe: Any, scheduler: Any) -> Iterator[None]:
 
 
 def close(got: torch.Tensor, want: torch.Tensor, tolerance: float, message: str) -> None:
-    """Compare relative to the largest value."""
+    """Compare two arrays: the largest difference, as a part of the largest magnitude in the array that is expected."""
     assert got.shape == want.shape, f"{message}: shape {tuple(got.shape)} instead of {tuple(want.shape)}"
-    off = float((got.float() - want.float()).abs().max() / want.float().abs().max().clamp(min=1))
+    got, want = got.float(), want.float()
+    off = float((got - want).abs().max() / want.abs().max().clamp(min=torch.finfo(want.dtype).tiny))
     assert off <= tolerance, f"{message}: off by {off:.2g} relative"
 
 
-def alike(one: Run, other: Run, tolerance: float, attention: float) -> None:
-    """Compare latents and predictions of two runs, and every attention, relative to the largest value; gaps are equal."""
+def alike(one: Run, other: Run, tolerance: float) -> None:
+    """Compare two runs array by array, as `close` does: latents, predictions, and every grid's attention; gaps are equal."""
     for name in ("latents", "noise_pred", "final_latents"):
         _same(getattr(one, name).values, getattr(other, name).values, tolerance, name)
     for group in ("attention", "self_attention", "text_attention"):
         for grid in one.tree[group].children if group in one.tree.children else ():
             a, b = (run.tree[f"{group}/{grid}"].to_dataset() for run in (one, other))
-            _same(a["probs"].values, b["probs"].values, attention, f"{group} {grid}")
+            _same(a["probs"].values, b["probs"].values, tolerance, f"{group} {grid}")
             if "token_text" in a:
                 assert np.array_equal(a["token_text"].values, b["token_text"].values), f"{group} {grid}: other tokens"
 

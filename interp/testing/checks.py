@@ -19,6 +19,7 @@ from interp.errors import InterpError, nearest
 from interp.families import Family, trying
 from interp.probes.testing import Check
 from interp.testing.case import FamilyCase
+from interp.testing.costs import check_costs
 from interp.testing.pictures import (
     check_batch,
     check_exceptions,
@@ -74,10 +75,11 @@ def check_family(
     left behind, also after an exception; every attention kernel belongs to a site; stored attention equals an independent
     computation within 1e-5, and its rows sum to 1; branches are what their names say, and a dropped one is really not
     computed; steps and noise levels are the scheduler's, with its own and with each of diffusers' main schedulers; latents
-    and maps lie as the picture does, and keys as the tokens do; several images a prompt; a batch of two equals two of one;
-    and so it is where the model runs in other ways (`interp.testing.ways.WAYS`: attention slicing, explicit processors,
-    fused projections, CPU offload, other backends, compiled, caches, a LoRA). A check of a scheduler or of a way returns
-    its outcome: "the same numbers", "refused: …" in one sentence, or "not offered: …" where diffusers itself fails.
+    and maps lie as the picture does, and keys as the tokens do; a plan's bytes are within 5 % of a run's, its memory within
+    20 %; several images a prompt; a batch of two equals two of one, within 1e-5 of the largest value; and so it is where
+    the model runs in other ways (`interp.testing.ways.WAYS`: attention slicing, explicit processors, fused projections,
+    offload, other backends, compiled, caches, a LoRA). A check of a scheduler or of a way returns its outcome: "the same
+    numbers", "refused: …" in one sentence, or "not offered: …" where diffusers itself fails.
 
     Args:
         make: Builds a tiny pipeline with random weights; called once.
@@ -110,6 +112,7 @@ def check_family(
         **{name: partial(check_scheduler, make=_scheduler(name)) for name in SCHEDULERS},
         "layout": check_layout,
         "text positions": check_text_positions,
+        "costs": check_costs,
         "images per prompt": check_images_per_prompt,
         "batch of two": check_batch,
         **WAYS,

@@ -115,11 +115,15 @@ def check_images_per_prompt(case: FamilyCase) -> None:
     with record(case.pipe, capture=capture) as again:
         repeated = case.call(**{**case.samples(0, 0, 1, 1), "num_inference_steps": 2})
     if float((plain - repeated).abs().max()) <= 0.01:
-        alike(recording.run, again.run, case.tolerance, 10 * case.tolerance)
+        alike(recording.run, again.run, case.tolerance)
 
 
 def check_batch(case: FamilyCase) -> None:
-    """Two prompts in one batch give what each gives alone, up to rounding."""
+    """Two prompts in one batch give what each gives alone, up to rounding.
+
+    Compared are all latents, predictions and attention of both prompts, in float32 as computed and as stored: the largest
+    difference within an array is at most 1e-5 of the array's largest value.
+    """
     capture = case.everything.changed(text=False)
     with record(case.pipe, capture=capture) as both:
         case.call(num_inference_steps=2)
@@ -127,4 +131,4 @@ def check_batch(case: FamilyCase) -> None:
         for i in (0, 1):
             one = {"generator": [torch.Generator().manual_seed(i)], "num_inference_steps": 2}
             case.call(**{**case.samples(i), **one})
-    alike(both.run, alone.run, case.tolerance, 10 * case.tolerance)
+    alike(both.run, alone.run, case.tolerance)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from interp.families import AttentionSite, Spans
+from interp.families import PARTS, AttentionSite, Spans
 from interp.hooks import At, HookRegistry
 from interp.testing.case import FamilyCase
 from interp.testing.reference import black_box_attention
@@ -22,10 +22,15 @@ def check_probabilities(case: FamilyCase, reference: Callable[..., Any] | None =
     if not case.family.attention_sites():
         return
     run = case.recorded(case.modes[0]).run
-    expected, sums = _expected(case, reference or black_box_attention)
+    expected, sums, within = _expected(case, reference or black_box_attention)
     assert sums and np.max(sums) <= case.tolerance, f"rows sum to 1 ± {np.max(sums):.2g}"
     compared = set()
     for (name, step, branch), (site, parts, spans) in expected.items():
+        if site.kind == "text":
+            if step == 0:
+                _compare(case, within[name, branch], parts["own", "own"], "within", f"{name}, {branch}")
+                compared.add((name, "within"))
+            continue
         for part, queries, keys in _pairs(site, parts):
             want = parts[queries, keys]
             if site.kind == "joint":
@@ -37,12 +42,11 @@ def check_probabilities(case: FamilyCase, reference: Callable[..., Any] | None =
             _compare(case, got, want, part, f"{name}, step {step}, {branch}, {part}")
             compared.add((name, part))
     # a last block that drops its text gives no text → image output to read off
-    missing = {(s.name, p) for s in case.family.attention_sites() for p in _PARTS[s.kind]} - compared
+    missing = {(s.name, p) for s in case.family.attention_sites() for p in PARTS[s.kind] or ("within",)} - compared
     assert all(part == "text" for _, part in missing), f"not compared: {sorted(missing)}"
 
 
 _NODES = {"cross": "attention", "self": "self_attention", "text": "text_attention"}
-_PARTS = {"cross": ("cross",), "self": ("self",), "joint": ("cross", "self", "text")}
 
 
 def _pairs(site: AttentionSite, parts: Parts) -> list[tuple[str, str, str]]:
@@ -71,7 +75,7 @@ def _compare(case: FamilyCase, got: torch.Tensor, want: torch.Tensor, part: str,
         got = got.flatten(-2).transpose(-1, -2)
     elif part == "text":
         got = got.flatten(-2)
-    else:
+    elif part == "self":
         got = got.flatten(-2).flatten(-3, -2)
     tokens = {"cross": -1, "text": -2}.get(part)
     if tokens is not None:  # columns beyond a sample's own tokens are NaN, and masked in the kernel
@@ -88,18 +92,26 @@ def _compare(case: FamilyCase, got: torch.Tensor, want: torch.Tensor, part: str,
     assert float(want.nan_to_num().max()) > 3 * flat, f"{where}: too flat for a check; scale the queries up"
 
 
-def _expected(case: FamilyCase, reference: Callable[..., Any]) -> tuple[dict[tuple[str, int, str], Any], list[float]]:
+def _expected(
+    case: FamilyCase, reference: Callable[..., Any]
+) -> tuple[dict[tuple[str, int, str], Any], list[float], dict[tuple[str, str], torch.Tensor]]:
     """(site, step, branch) → site, black-box parts of the branch's rows, and spans; of the first and last step.
 
-    Beside it, how far the rows of each kernel call of the first step are from summing to 1.
+    Beside it, how far the rows of each kernel call of the first step are from summing to 1; and (site, branch) → the
+    probabilities from text to text, which a run does not keep, as a reader got them then.
     """
     family, calls = case.family, []
     order: list[tuple[int, tuple[str, ...]]] = []
     inside: list[int] = []
     sums: list[float] = []
 
+    texts = {f"{s.name}:probs": s.name for s in family.attention_sites() if s.kind == "text"}
+    within: dict[tuple[str, str], torch.Tensor] = {}
+
     def total(probs: torch.Tensor, at: At) -> None:
         sums.append(float((probs.sum(-1) - 1).abs().max()))
+        if at.site in texts:
+            within[texts[at.site], at.branch] = probs.clone()
 
     def keep(site: AttentionSite) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -137,7 +149,7 @@ def _expected(case: FamilyCase, reference: Callable[..., Any]) -> tuple[dict[tup
             for i, branch in enumerate(branches):
                 rows = {pair: t.chunk(len(branches))[i] for pair, t in parts.items()}
                 found[site.name, step, branch] = (site, rows, spans)
-    return found, sums
+    return found, sums, within
 
 
 def _streams(parts: Parts, dim: int) -> list[torch.Tensor]:

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import finalize
 
 import torch
 from accelerate import cpu_offload
@@ -49,7 +51,7 @@ def check_way(case: FamilyCase, put_on: Put) -> str:
     plain = case.plain(case.modes[0])
     if (want - plain).abs().max() > 100 * case.tolerance * plain.abs().max():
         return f"{NOT_OFFERED}: diffusers then computes something else, watched or not"
-    alike(run, case.recorded(case.modes[0]).run, 10 * case.tolerance, 10 * case.tolerance)
+    alike(run, case.recorded(case.modes[0]).run, case.tolerance)
     return SAME
 
 
@@ -62,7 +64,7 @@ def check_compiled(case: FamilyCase, put_on: Put) -> str:
             warnings.simplefilter("always")
             run = _recorded(case, case.plain(case.modes[0]))
         assert any("the model is compiled" in str(w.message) for w in told), "nothing says that the model runs eagerly"
-    alike(run, case.recorded(case.modes[0]).run, 0, 0)
+    alike(run, case.recorded(case.modes[0]).run, 0)
     return SAME
 
 
@@ -163,6 +165,16 @@ def offload(case: FamilyCase, denoiser: Any) -> None:
     cpu_offload(denoiser, execution_device=torch.device("cpu"))
 
 
+def offload_groups(level: str, case: FamilyCase, denoiser: Any) -> None:
+    """Weights that lie in files, one a group of modules, and are read for the group's call alone."""
+    files, device = TemporaryDirectory(), torch.device("cpu")
+    finalize(denoiser, files.cleanup)
+    try:
+        denoiser.enable_group_offload(device, device, level, num_blocks_per_group=1, offload_to_disk_path=files.name)
+    except (AttributeError, ValueError) as error:
+        raise NotOfferedError(str(error)) from error
+
+
 def form_scores(case: FamilyCase, denoiser: Any) -> None:
     """Processors that form the probabilities themselves, as all did before fused kernels."""
     found = [m for m in denoiser.modules() if type(getattr(m, "processor", None)) is AttnProcessor2_0]
@@ -226,6 +238,8 @@ WAYS: dict[str, Callable[[FamilyCase], str]] = {
     "explicit processors": partial(check_way, put_on=form_scores),
     "fused projections": partial(check_way, put_on=fuse_projections),
     "CPU offload": partial(check_way, put_on=offload),
+    "group offload, leaves": partial(check_way, put_on=partial(offload_groups, "leaf_level")),
+    "group offload, blocks": partial(check_way, put_on=partial(offload_groups, "block_level")),
     "backend _native_math": partial(check_way, put_on=partial(use_backend, "_native_math")),
     "backend flex": partial(check_way, put_on=partial(use_backend, "flex")),
     "compiled model": partial(check_compiled, put_on=compile_whole),

@@ -123,7 +123,7 @@ def auraflow() -> AuraFlowPipeline:
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, out_channels=4, pos_embed_max_size=256,
     )  # fmt: skip
     for block in [*transformer.joint_transformer_blocks, *transformer.single_transformer_blocks]:
-        block.attn.scale *= 6  # peaky: queries and keys are normed, without weights
+        block.attn.scale *= 3  # peaky: queries and keys are normed, without weights
     with torch.no_grad():  # so that attention, and with it the text, makes a difference
         for name, parameter in transformer.named_parameters():
             parameter.mul_(4 if "norm1" in name or "time_step_proj" in name else 1)

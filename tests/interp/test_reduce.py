@@ -55,13 +55,12 @@ def test_a_wrong_function_is_refused_before_anything_runs(fn: object, sentence: 
 
 EVERY = {"heads": "all", "tokens": "all", "dtype": "float32", "branches": ("cond", "uncond"), "image": False}
 PROMPTS = [{"prompt": "a red cat", "negative_prompt": "a dog"}, {"prompt": "a blue dog on a background"}]
-NAMED = ["entropy", "role_mass", "token_mass", "daam"]
+NAMED = ["entropy", "role_mass", "token_mass", "mean_map", "daam"]
 
 
 @pytest.fixture(scope="module")
 def whole() -> "interp.stores.Run":
-    maps = {f"mean{i}": (f"*{n}", "mean_map") for i, n in enumerate(("down_blocks.0*attn2", "up_blocks.1*attn2"))}
-    capture = interp.Capture(**EVERY, reduce={**{n: n for n in NAMED}, **maps})
+    capture = interp.Capture(**EVERY, reduce=NAMED)
     return interp.trace(tiny("sd1"), PROMPTS, steps=3, capture=capture, progress=False, guidance_scale=4.0)
 
 
@@ -82,10 +81,25 @@ def test_named_reductions_equal_those_of_stored_maps(whole: "interp.stores.Run")
     assert whole.site("token_mass").token_text.values[0, 2] == "red"
     daam = whole.site("daam")
     assert daam.dims == ("sample", "step", "branch", "token", "y", "x") and daam.step.values.tolist() == [2]
-    mean = whole.site("mean0")
-    np.testing.assert_allclose(
-        mean.values[:, 0], whole.attention("16x16").sel(layer=mean.layer).mean(("step", "head")).values, atol=1e-6
-    )
+    mean = whole.site("mean_map")
+    assert dict(mean.sizes)["y"] == 16 and len(whole.grids) == 2
+    for grid in whole.grids:  # a smaller grid's cells are repeated
+        own = whole.attention(grid).mean(("step", "head")).transpose("sample", "branch", "layer", ...)
+        large = own.values.repeat(16 // own.sizes["query_y"], -1).repeat(16 // own.sizes["query_y"], -2)
+        np.testing.assert_allclose(mean.sel(layer=own.layer).values[:, 0], large, atol=1e-6)
+
+
+def test_layers_of_different_numbers_of_heads() -> None:
+    """Stable Diffusion 2 and XL: the reductions of each layer's own heads, and nothing beyond them."""
+    capture = interp.Capture(**{**EVERY, "branches": "cond"}, reduce=["entropy", "token_mass"])
+    run = interp.trace(tiny("sd2"), "a red cat", steps=2, capture=capture, progress=False)
+    heads = {run.attention(grid).sizes["head"] for grid in run.grids}
+    assert len(heads) > 1 and run.site("entropy").sizes["head"] == max(heads)
+    for grid in run.grids:
+        p = run.attention(grid)
+        mass = run.site("token_mass").sel(layer=p.layer).values
+        np.testing.assert_allclose(mass[..., : p.sizes["head"], :], p.mean(("query_y", "query_x")).values, atol=1e-6)
+        assert np.isnan(mass[..., p.sizes["head"] :, :]).all()
 
 
 @pytest.mark.parametrize(("probe", "variable"), [("head_relevance", "votes"), ("attention_mass", "mass_per_token")])
