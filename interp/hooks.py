@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from interp.attending import Attending, KernelFunction
 from interp.calls import At, DenoiserCall, Prediction
 from interp.catalog import attention_sites, match_sites, split_site
 from interp.clock import Clock, StepEnd, StepStart
@@ -23,7 +24,6 @@ from interp.families import Arguments, AttentionSite, DenoiserInputs, Family, Sp
 from interp.families.glance import GLANCING
 from interp.kernels import AttentionCall
 from interp.listening import Listeners, SiteFunction, changed_input, changed_output
-from interp.observing import KernelObserver, Watch
 from interp.overriding import override_call, watch_context
 from interp.standing import StandIn, StandIns, Steps
 
@@ -50,14 +50,13 @@ class HookRegistry:
         self.pipe = pipe
         self.family = family or find_family(pipe)
         self._listeners = Listeners()
-        self._attention: dict[str, list[Callable[[AttentionCall, DenoiserCall], None]]] = {}
         self._step_starts: list[Callable[[StepStart], None]] = []
         self._step_ends: list[Callable[[StepEnd], None]] = []
         self._undo: list[Callable[[], None]] = []
         self._hooked: set[str] = set()
-        self._observer = KernelObserver()
         self._stand_ins = StandIns()
         self._denoising = Denoising(pipe, self.family, self._stand_ins.note)
+        self._attending = Attending(self._listeners, self._denoising)
 
     @property
     def arguments(self) -> Arguments | None:
@@ -104,9 +103,9 @@ class HookRegistry:
         """Call `fn` when the context ends, also after an exception: what was put beside the registry goes with it."""
         self._undo.append(fn)
 
-    def on_attention(self, site: AttentionSite, fn: Callable[[AttentionCall, DenoiserCall], None]) -> None:
+    def on_attention(self, site: AttentionSite, fn: KernelFunction) -> None:
         """Call `fn` with every kernel call of an attention site, all rows: the cheap way to keep query and key."""
-        self._attention.setdefault(site.name, []).append(fn)
+        self._attending.functions.setdefault(site.name, []).append(fn)
         if self._undo:
             self._hook_attention(site.name, site.module)
 
@@ -157,7 +156,7 @@ class HookRegistry:
             lambda out: self.family.next_latents(out, denoising.known()),
         )
         self._undo.append(denoising.clock.close)
-        self._undo.append(self._observer.close)
+        self._undo.append(self._attending.close)
         self._undo.append(override_call(self.pipe, self._run_pipeline))
         # what the pipeline calls may be a compiled wrapper of the module
         called = [getattr(self.pipe, name, module) for name, module in self.family.denoisers.items()]
@@ -167,11 +166,10 @@ class HookRegistry:
             self._undo.append(watch_context(self.family.denoiser, denoising.name_context))
         for path in self._stand_ins.paths:
             self._hook_stand_in(path)
-        for one in self._sites.values():
-            self._observer.offer(one.name, one.module, self._watch(one.name))
+        self._attending.offer(self._sites.values())
         for site in self._listeners.sites:
             self._hook_site(site)
-        for site in self._attention:
+        for site in self._attending.functions:
             self._hook_attention(site, self.family_module(site))
         return self
 
@@ -282,55 +280,6 @@ class HookRegistry:
     # Attention
 
     def _hook_attention(self, path: str, module: torch.nn.Module) -> None:
-        if path in self._hooked:
-            return
         if path not in self._sites:
             raise InterpError(f"{path!r} is no attention module, so it has no q, k, v or probs; it has in and out")
-        self._hooked.add(path)
-        self._observer.start(module)
-
-    def _watch(self, path: str) -> Watch:
-        return Watch(
-            asked=lambda: path in self._hooked, wants=self._wants_probs, change=self._change_probs, see=self._see_kernel
-        )
-
-    def _calling(self, kernel: AttentionCall) -> DenoiserCall | None:
-        """The denoiser call that a kernel call belongs to; None if it is not the pipeline's own, or of no interest."""
-        call = self._denoising.call
-        if call is None or not call.branches or running() is None or kernel.site not in self._hooked:
-            return None
-        if GLANCING.get():
-            return None
-        if kernel.rows != call.rows:
-            raise InterpError(
-                f"attention at {kernel.site!r} ran for {kernel.rows} rows instead of {call}; a cache that leaves out a "
-                "branch (FasterCache) must be turned off while attention is recorded"
-            )
-        return call
-
-    def _wants_probs(self, kernel: AttentionCall) -> bool:
-        if not self._listeners.anywhere(kernel.site):
-            return False
-        call = self._calling(kernel)
-        return call is not None and self._listeners.listens(f"{kernel.site}:probs", call.step)
-
-    def _change_probs(self, kernel: AttentionCall, probs: torch.Tensor) -> torch.Tensor | None:
-        call = self._calling(kernel)
-        return None if call is None else self._listeners.write(f"{kernel.site}:probs", probs, call, kernel.call)
-
-    def _see_kernel(self, kernel: AttentionCall, probs: torch.Tensor | None) -> None:
-        call = self._calling(kernel)
-        if call is None:
-            return
-        for fn in self._attention.get(kernel.site, ()):
-            fn(kernel, call)
-        if not self._listeners.anywhere(kernel.site):
-            return
-        for quantity, tensor in (("q", kernel.query), ("k", kernel.key), ("v", kernel.value)):
-            site = f"{kernel.site}:{quantity}"
-            if self._listeners.writes(site):
-                raise InterpError(f"{site!r} can be read but not written; write ':probs', ':in' or ':out' instead")
-            if self._listeners.reads(site) and tensor is not None:
-                self._listeners.show(site, tensor, call, kernel.call)
-        if probs is not None:
-            self._listeners.show(f"{kernel.site}:probs", probs, call, kernel.call)
+        self._attending.ask(path, module)

@@ -7,8 +7,10 @@ from numbers import Integral
 from typing import Any
 
 from interp.errors import InterpError, nearest
-from interp.families import Family
+from interp.families import Family, find_family
 from interp.interventions import Intervention
+from interp.loading import origin
+from interp.prompts import PromptTable
 
 Conditions = Mapping[str, Sequence[Intervention]]
 
@@ -97,3 +99,33 @@ def samples_together(pipe: Any, batch_size: int | str) -> int:
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InterpError(f"batch_size={batch_size!r}: give a whole number of samples, at least 1, or 'auto'")
     return batch_size
+
+
+def default_guidance(pipe: Any) -> float:
+    """Return the guidance scale that the model recommends, or that its pipeline class uses."""
+    if origin(pipe)["id"] == "scenes":
+        from interp.scenes import DEFAULT_GUIDANCE
+
+        return float(DEFAULT_GUIDANCE)
+    default = inspect.signature(type(pipe).__call__).parameters.get(find_family(pipe).guidance_argument)
+    return float(default.default) if default is not None else 1.0
+
+
+def ordered_samples(
+    table: PromptTable, conditions: Mapping[str, Any], seeds: list[int], batch_size: int
+) -> tuple[dict[str, list], list[list[int]]]:
+    """Order condition × prompt × seed; a batch never mixes conditions, whose interventions differ."""
+    order = [(c, p, s) for c in conditions for p in range(len(table)) for s in seeds]
+    per = len(table) * len(seeds)
+    batches = [
+        list(range(start, min(start + batch_size, first + per)))
+        for first in range(0, len(order), per)
+        for start in range(first, first + per, batch_size)
+    ]
+    number = {i: b for b, members in enumerate(batches) for i in members}
+    columns: dict[str, list] = {name: [values[p] for _, p, _ in order] for name, values in table.columns.items()}
+    columns["seed"] = [s for _, _, s in order]
+    columns["condition"] = [c for c, _, _ in order]
+    columns["prompt_id"] = [p for _, p, _ in order]
+    columns["batch"] = [number[i] for i in range(len(order))]
+    return columns, batches

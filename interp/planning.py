@@ -1,6 +1,5 @@
 """The plan of a run: everything that is decided before the first denoiser call, and what it will cost."""
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,12 @@ from interp.families import Arguments, Family, find_family
 from interp.forecast import peak_memory
 from interp.interventions import Batch, Intervention, check_all, evaluated_branches
 from interp.layouts import run_attrs, run_groups
-from interp.loading import origin
 from interp.plan_arguments import (
     Conditions,
     check_options,
+    default_guidance,
     named_conditions,
+    ordered_samples,
     picture_size,
     read_seeds,
     samples_together,
@@ -192,7 +192,7 @@ def plan(
     prompts = [(family.tokenize(row["prompt"], arguments), row) for row in rows]
     for change in (c for changes in named.values() for c in changes):
         change.check_model(family, prompts, arguments)
-    samples, batches = _samples(table, named, seed_list, samples_together(pipe, batch_size))
+    samples, batches = ordered_samples(table, named, seed_list, samples_together(pipe, batch_size))
     made = assemble(
         pipe, capture=capture, table=table, samples=samples, batches=batches, conditions=named, steps=steps,
         guidance=guidance, height=high, width=wide, arguments=arguments, options=options,
@@ -278,36 +278,6 @@ def assemble(
 def _tokenized(family: Family, prompts: Sequence[str], arguments: Arguments) -> list[Tokens]:
     known = {text: family.tokenize(text, arguments) for text in dict.fromkeys(prompts)}
     return [known[text] for text in prompts]
-
-
-def default_guidance(pipe: Any) -> float:
-    """Return the guidance scale that the model recommends, or that its pipeline class uses."""
-    if origin(pipe)["id"] == "scenes":
-        from interp.scenes import DEFAULT_GUIDANCE
-
-        return float(DEFAULT_GUIDANCE)
-    default = inspect.signature(type(pipe).__call__).parameters.get(find_family(pipe).guidance_argument)
-    return float(default.default) if default is not None else 1.0
-
-
-def _samples(
-    table: PromptTable, conditions: Mapping[str, Any], seeds: list[int], batch_size: int
-) -> tuple[dict[str, list], list[list[int]]]:
-    """Order condition × prompt × seed; a batch never mixes conditions, whose interventions differ."""
-    order = [(c, p, s) for c in conditions for p in range(len(table)) for s in seeds]
-    per = len(table) * len(seeds)
-    batches = [
-        list(range(start, min(start + batch_size, first + per)))
-        for first in range(0, len(order), per)
-        for start in range(first, first + per, batch_size)
-    ]
-    number = {i: b for b, members in enumerate(batches) for i in members}
-    columns: dict[str, list] = {name: [values[p] for _, p, _ in order] for name, values in table.columns.items()}
-    columns["seed"] = [s for _, _, s in order]
-    columns["condition"] = [c for c, _, _ in order]
-    columns["prompt_id"] = [p for _, p, _ in order]
-    columns["batch"] = [number[i] for i in range(len(order))]
-    return columns, batches
 
 
 def _passes(changes: Sequence[Intervention], times: Timeline, guided: bool) -> int:

@@ -16,7 +16,7 @@ from interp.demo.page import Section, write_page
 from interp.errors import InterpError
 from interp.interventions import Intervention, RemoveText, ReplaceEOS
 from interp.loading import load
-from interp.planning import default_guidance
+from interp.plan_arguments import default_guidance
 from interp.scoring import score
 from interp.stores import Run, open_run
 from interp.tracing import BatchDone, trace
