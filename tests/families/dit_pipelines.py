@@ -122,8 +122,8 @@ def auraflow() -> AuraFlowPipeline:
         sample_size=16, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, out_channels=4, pos_embed_max_size=256,
     )  # fmt: skip
-    for block in [*transformer.joint_transformer_blocks, *transformer.single_transformer_blocks]:
-        block.attn.scale *= 3  # peaky: queries and keys are normed, without weights
+    for block, sharper in ((transformer.joint_transformer_blocks[0], 3), (transformer.single_transformer_blocks[0], 5)):
+        block.attn.scale *= sharper  # peaky: queries and keys are normed, without weights
     with torch.no_grad():  # so that attention, and with it the text, makes a difference
         for name, parameter in transformer.named_parameters():
             parameter.mul_(4 if "norm1" in name or "time_step_proj" in name else 1)
