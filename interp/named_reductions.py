@@ -102,7 +102,7 @@ def named(name: str, key: str) -> Named:
     """
     if name not in NAMED:
         raise InterpError(
-            f"Capture(reduce={{{key!r}: {name!r}}}): no reduction has this name{nearest(name, NAMED) or ";"} There are "
+            f"Capture(reduce={{{key!r}: {name!r}}}): no reduction has this name{nearest(name, NAMED) or ';'} There are "
             f"{sentence_list(NAMED, 9)}; or give a function"
         )
     return NAMED[name]
