@@ -30,6 +30,7 @@ def undressed(module: torch.nn.Module) -> Iterator[None]:
         for name in (*_HOOKS, "forward", "_compiled_call_impl")
         if name in vars(m)
     ]
+    known = [(m, set(vars(m))) for m in module.modules()]
     points = [(m, p) for m in module.modules() if isinstance(p := m._modules.get(NAME), HookProbs)]
     try:
         for m, _ in points:
@@ -45,6 +46,9 @@ def undressed(module: torch.nn.Module) -> Iterator[None]:
         backends.update(kernels)
         for m, name, own in worn:
             vars(m)[name] = own
+        for m, names in known:  # such as a note that hooks are in place, which were put on inside and are gone again
+            for name in vars(m).keys() - names:
+                del vars(m)[name]
         for m, point in points:
             m._modules[NAME] = point
 

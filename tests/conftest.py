@@ -11,7 +11,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about torchv
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # not by importing it, which the process that hands out need not
 
 LONGEST = (
-    "families/test_conformance.py", "jobs/test_faults.py", "docs/test_pages.py", "test_examples.py", "jobs/test_jobs.py",
+    "families/test_conformance.py", "docs/test_pages.py", "jobs/test_faults.py", "test_examples.py", "jobs/test_jobs.py",
     "reproduction/test_reproduction.py", "interp/test_check_intervention.py", "stores/test_verify.py", "test_demo.py",
     "interp/test_untouched.py", "reproduction/test_pages.py", "scenes/test_attribution.py", "jobs/test_cluster.py",
     "docs/test_readme.py", "docs/test_jobs_page.py", "scenes/test_weights.py", "probes/test_page.py",

@@ -6,7 +6,7 @@ import torch
 
 import interp
 from interp.families import find_family
-from tests.families.pipelines import tiny
+from tests.families.pipelines import BUILDERS, tiny
 
 A, B = "a red circle", "a dog on the blue square background"
 CAPTURE = interp.Capture(attention=None, image=False, text="layers")
@@ -68,3 +68,13 @@ def test_the_guidance_term():
     assert np.isnan(term.values[:, 1]).all()
     with pytest.raises(interp.InterpError, match="choose True, False or 'layers'"):
         interp.Capture(text="all")
+
+
+def test_a_plan_leaves_a_fresh_encoder_able_to_show_its_layers():
+    """transformers puts its hooks on when layers are first asked for, and notes that it did: a plan must not part the two."""
+    pipe = BUILDERS["sd1"]()
+    before = {name: set(vars(module)) for name, module in pipe.text_encoder.named_modules()}
+    assert interp.plan(pipe, A, steps=1, height=32, width=32, capture=interp.Capture(text="layers")).memory > 0
+    assert {name: set(vars(module)) for name, module in pipe.text_encoder.named_modules()} == before
+    ids = torch.tensor(pipe.tokenizer([A], padding="max_length", max_length=77)["input_ids"])
+    assert own(pipe.text_encoder, ids.tolist()).shape[1] == pipe.text_encoder.config.num_hidden_layers + 1
