@@ -23,8 +23,14 @@ ROOT = Path(__file__).parents[2]
 def start(store, *words, **options):
     command = [sys.executable, "-m", "tests.jobs.null", str(store), json.dumps({"n": 24, **options}), *words]
     return subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=hear_ctrl_c,
+    )  # fmt: skip
+
+
+def hear_ctrl_c():
+    """Tests that a shell runs in the background ignore Ctrl-C, and so would all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process, seconds=60):
