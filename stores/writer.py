@@ -236,9 +236,8 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
     height, width = max(1, image.shape[0] // factor), max(1, image.shape[1] // factor)
     blocks = image[: height * factor, : width * factor]
     fy, fx = blocks.shape[0] // height, blocks.shape[1] // width
-    whole = (
-        "uint32" if image.dtype == np.uint8 else None
-    )  # adding up small integers is many times faster than averaging
+    # adding up small integers is many times faster than averaging
+    whole = "uint32" if image.dtype == np.uint8 else None
     total = blocks.reshape(height, fy, width, fx, -1).sum(axis=3, dtype=whole).sum(axis=1)
     mean = total / (fy * fx)
     return np.rint(mean).astype(image.dtype)
