@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 some samples failed, 2 the user's mistake (one sentence, n
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -284,7 +284,15 @@ def main() -> None:
     except SystemExit as ended:
         if ended.code == INTERRUPTED:  # which Typer makes of Ctrl-C
             print("interp: interrupted; the same command goes on where it stopped", file=sys.stderr)
+            _leave()
         raise
+
+
+def _leave() -> NoReturn:
+    """End at once: everything is closed by now, and Python would take seconds to take the model libraries apart."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

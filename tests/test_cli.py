@@ -29,6 +29,7 @@ def interp(*words: str, cwd: Path | None = None) -> Done:
     code = 0
     with (
         mock.patch.object(sys, "argv", ["interp", *words]),
+        mock.patch.object(cli, "_leave", lambda: sys.exit(cli.INTERRUPTED)),  # which would end the tests, too
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         contextlib.chdir(cwd or Path.cwd()),
