@@ -5,18 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from interp.scenes import folder
-from interp.scenes.marked import filled
-from interp.scenes.quality import markdown
+from interp.scenes.marked import filled, markdown
 
 
 def with_tables(card: str, measured: dict[str, Any]) -> str:
     """Return the card with the tables of `measured` (what `quality` wrote) between its marks.
 
-    >>> print(with_tables("<!-- measured: A -->\\nold\\n<!-- end -->\\n", {"A": {"x": {"value": 0.5}}}), end="")
+    >>> print(with_tables("<!-- measured: A -->\\nold\\n<!-- end -->\\n", {"A": {"x": {"pictures": 256}}}), end="")
     <!-- measured: A -->
-    | | value |
+    | | pictures |
     |---|---:|
-    | x | 0.500 |
+    | x | 256 |
     <!-- end -->
     """
     told = {title: markdown(table) for title, table in measured.items() if title != "settings"}

@@ -10,6 +10,9 @@ from interp.errors import InterpError
 MARK = re.compile(r"<!-- measured: (.+?) -->\n.*?<!-- end -->\n", re.S)
 Cell = Mapping[str, float | None] | str
 """A number {"value", "low", "high"}, NaN or None where there is none, or a text."""
+Figures = dict[str, Cell | int]
+Table = dict[str, Figures]
+"""Case → figure → mean with its interval, or a number of pictures."""
 
 
 def filled(page: str, told: Mapping[str, str]) -> str:
@@ -52,3 +55,27 @@ def shown(cell: Cell) -> str:
     value, low, high = (math.nan if (number := cell[k]) is None else number for k in ("value", "low", "high"))
     interval = f" [{low:z.3f}, {high:z.3f}]" if math.isfinite(low) else ""
     return f"{value:z.3f}{interval}".replace("-", "−") if math.isfinite(value) else ""
+
+
+def markdown(table: Table) -> str:
+    """Return the table as Markdown, its longer side down; a figure that a case does not have is a dash.
+
+    >>> half = {"value": 0.5, "low": 0.25, "high": 0.75}
+    >>> print(markdown({"a": {"x": half, "y": 2, "z": half}, "b": {"x": half}}), end="")
+    | | a | b |
+    |---|---:|---:|
+    | x | 0.500 [0.250, 0.750] | 0.500 [0.250, 0.750] |
+    | y | 2 | – |
+    | z | 0.500 [0.250, 0.750] | – |
+    """
+    cases, figures = list(table), list(dict.fromkeys(name for row in table.values() for name in row))
+    down, across = (figures, cases) if len(figures) > len(cases) else (cases, figures)
+    lines = ["| | " + " | ".join(across) + " |", "|---|" + "---:|" * len(across)]
+    for name in down:
+        cells = [table[c].get(f) for c, f in ((other, name) if down is figures else (name, other) for other in across)]
+        lines.append(f"| {name} | " + " | ".join(_in_table(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _in_table(cell: Cell | int | None) -> str:
+    return "–" if cell is None else str(cell) if isinstance(cell, int) else shown(cell)

@@ -21,12 +21,12 @@ import torch
 
 from interp.probes.bootstrap import mean_interval
 from interp.scenes import DEFAULT_GUIDANCE, folder
+from interp.scenes.bench import Bench
 from interp.scenes.captions import pairs
 from interp.scenes.grammar import agreement_of, parse
 from interp.scenes.marked import fill, shown
 from interp.scenes.pack import pack
 from interp.scenes.parts import FULL, SMOKE
-from interp.scenes.quality import Bench
 from interp.scenes.train import RECIPE
 from interp.scenes.train_loop import Plan
 from interp.scenes.train_phases import PHASES
