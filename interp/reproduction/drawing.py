@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from interp.probes.style import line, new_figure
+from interp.probes.style import legend, line, new_figure
 from interp.reproduction.measures import Estimate
 
 INK = {"#000000": "currentColor", "black": "currentColor", "#262626": "currentColor", "#e5e5e5": "var(--rule)"}
@@ -61,7 +61,8 @@ def lines(
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = new_figure(len(panels), width=4.0, height=3.0)
+    beside = any(len(curves) > 2 for *_, curves in panels)  # a legend of many lines has no room among the curves
+    figure, axes = new_figure(len(panels), width=4.9 if beside else 4.0, height=3.0)
     for k, (ax, (title, x_label, y_label, curves)) in enumerate(zip(axes, panels, strict=True)):
         for name, x, found, color, style in curves:
             mean = [e.value for e in found]
@@ -79,7 +80,7 @@ def lines(
         if x_label == LABEL:
             ax.invert_xaxis()  # time flows to the right
         if any(name for name, *_ in curves) and len(curves) > 1:
-            ax.legend(fontsize=7.5, frameon=False)
+            legend(ax, beside=beside)
     return svg(figure, label)
 
 
