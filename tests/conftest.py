@@ -1,8 +1,11 @@
 """Shared by all tests: one thread, no network, no chatter."""
 
 import gc
+import json
 import os
 from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,3 +32,23 @@ def pytest_collection_finish():
     """What the imports made stays: the garbage collector need not look at millions of objects again in every test."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def half_as_wide(tmp_path_factory):
+    """Let the bundled model draw 64 × 64 pixels where nothing else is asked for: its passes take most of a test's time."""
+    from interp import loading
+    from interp.scenes import folder
+
+    made, real = tmp_path_factory.mktemp("half") / "scenes", loading._locate
+    (made / "unet").mkdir(parents=True)
+    for part in folder().iterdir():
+        if part.name != "unet":
+            (made / part.name).symlink_to(part)
+    weights = "diffusion_pytorch_model.safetensors"
+    (made / "unet" / weights).symlink_to(folder() / "unet" / weights)
+    config = json.loads((folder() / "unet" / "config.json").read_text())
+    (made / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": config["sample_size"] // 2}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_locate", lambda name: str(made) if name == loading.BUNDLED else real(name))
+        yield

@@ -1,9 +1,7 @@
 """The demo: every figure that the page shows is there, the table is right, and nothing of the user's is touched."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,26 +9,14 @@ import pytest
 from PIL import Image
 
 import interp
-from interp.demo import run_demo, story
+from interp.demo import run_demo
 from interp.demo.story import PAIRS
 
-
-@pytest.fixture(scope="module", autouse=True)
-def half_as_wide() -> Iterator[None]:
-    """The model draws 64 × 64 pixels where nothing else is asked for: the passes take most of the demo's time."""
-
-    def load(name: str) -> Any:
-        pipe = interp.load(name)
-        pipe.unet.register_to_config(sample_size=16)
-        return pipe
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(story, "load", load)
-        yield
+pytestmark = pytest.mark.usefixtures("half_as_wide")
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(half_as_wide: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "demo"
     folder.parent.joinpath("said.txt").write_text(run_demo(folder, steps=5, pairs=PAIRS[1:3]))
     return folder

@@ -9,6 +9,8 @@ import pytest
 
 import interp
 
+pytestmark = pytest.mark.usefixtures("half_as_wide")
+
 SCRIPTS = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SMALL = {
     "layer_sweep": ["1"], "causal_tracing": ["1"], "prompt_to_prompt": ["1", "4"], "spare_passes": ["2", "2"],

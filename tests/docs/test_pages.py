@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("half_as_wide")
+
 DOCS = Path(__file__).parents[2] / "docs"
 EXPECTED = {
     "families": ["unet True", "branches: ok\nlayout: ok\nfused projections: the same", "['', 's', 'i', 't']"],
@@ -15,7 +17,7 @@ EXPECTED = {
     "scores": ["('sample',)\n", "['sharpness', 'flips:baseline']\n4\n"],
     "tracing": ["2\n", "8\n", "forward passes", "'axis_0'"],
     "recording": [
-        "{'sample': 1, 'step': 2, 'branch': 2, 'layer': 3, 'head': 2, 'token': 2, 'query_y': 16, 'query_x': 32}",
+        "{'sample': 1, 'step': 2, 'branch': 2, 'layer': 3, 'head': 2, 'token': 2, 'query_y': 8, 'query_x': 16}",
         "['red', '<|endoftext|>']",
         "update = out − in: True",
         "'layer': 5, 'token': 77",
@@ -27,7 +29,7 @@ EXPECTED = {
     ],
     "nnsight": [
         "True\n",
-        "4 (128, 128)",
+        "4 (64, 64)",
         "4 ('sample'",
         "True False\n",
         "False ['for step in tracer.iter",
@@ -35,7 +37,7 @@ EXPECTED = {
     ],
     "interventions": [
         "[5 3 5 5]",
-        "adaptive  passes [9, 8]",
+        "adaptive  passes [7, 7]",
         "T-GATE    passes [9, 9]",
         "frozen in [1, 3]",
         "does not run there",
