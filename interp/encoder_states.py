@@ -1,6 +1,7 @@
 """Hidden states of the text encoders, layer by layer, as the pipeline's own encoding makes them."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from interp.families import Arguments, Family
 from interp.interventions.encoder import encoder_layers
 from interp.stores import Group, TokenTable
 from interp.stores.groups import text_group
-from interp.tokens import Tokens, select_tokens, tokenize
+from interp.token_columns import select_tokens
+from interp.token_list import TokenList
+from interp.tokens import Tokens, tokenize
 
 
 def hidden_groups(
@@ -27,7 +30,7 @@ def hidden_groups(
     for name, (tokenizer, encoder) in family.text_encoders.items():
         table = tables.get(name)
         if table is None:
-            each = [[encoder_tokens(tokenizer, p) for p in texts] for texts in (prompts, negatives)]
+            each = [TokenList(texts, partial(encoder_tokens, tokenizer)) for texts in (prompts, negatives)]
             table = select_tokens(each[0], each[1], "all").table
         groups[f"text/{name}"] = text_group(
             len(prompts), branches=["cond", "uncond"], token=table.width, feature=feature if name in tables else None,

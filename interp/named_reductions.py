@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from interp.errors import InterpError, nearest, sentence_list
 from interp.reduction import AttentionReducer
 from interp.stores.table import ROLES
-from interp.tokens import TokenSelection
+from interp.token_columns import TokenSelection
 
 
 @dataclass(frozen=True)

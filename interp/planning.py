@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Real
 from typing import Any, Literal, cast
 
@@ -30,7 +30,8 @@ from interp.plan_arguments import (
 from interp.prompts import PromptTable, prompt_table
 from interp.stores import Layout
 from interp.token_choice import choose_tokens
-from interp.tokens import Tokens, TokenSelection, select_tokens
+from interp.token_columns import TokenSelection, select_tokens
+from interp.token_list import TokenList
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Plan:
     attention: list[AttentionPart]
     sites: list[SiteCapture]
     reductions: list[ReduceCapture]
-    tokens: list[Tokens]
-    negatives: list[Tokens]
+    tokens: TokenList
+    negatives: TokenList
     selection: TokenSelection
     forward_passes: int
     options: dict[str, Any]
@@ -188,14 +189,15 @@ def plan(
         check_all(changes, times, table.columns, family.guided(arguments), family)
     if any(named.values()):
         family.check_changes(arguments)
-    rows = table.rows(range(len(table)))
-    prompts = [(family.tokenize(row["prompt"], arguments), row) for row in rows]
-    for change in (c for changes in named.values() for c in changes):
-        change.check_model(family, prompts, arguments)
+    read = TokenList(table.columns["prompt"], partial(family.tokenize, arguments=arguments))
+    if any(named.values()):
+        rows = list(zip(read, table.rows(range(len(table))), strict=True))
+        for change in (c for changes in named.values() for c in changes):
+            change.check_model(family, rows, arguments)
     samples, batches = ordered_samples(table, named, seed_list, samples_together(pipe, batch_size))
     made = assemble(
         pipe, capture=capture, table=table, samples=samples, batches=batches, conditions=named, steps=steps,
-        guidance=guidance, height=high, width=wide, arguments=arguments, options=options,
+        guidance=guidance, height=high, width=wide, arguments=arguments, options=options, read=read,
     )  # fmt: skip
     for batch in batches:
         for change in named[samples["condition"][batch[0]]]:
@@ -215,18 +217,19 @@ def run_call(
 def assemble(
     pipe: Any, *, capture: Capture, table: PromptTable, samples: dict[str, list], batches: list[list[int]],
     conditions: dict[str, list[Intervention]], steps: int, guidance: float, height: int, width: int,
-    arguments: Arguments, options: Mapping[str, Any] | None = None, columns: int = 0,
+    arguments: Arguments, options: Mapping[str, Any] | None = None, columns: int = 0, read: TokenList | None = None,
 ) -> Plan:  # fmt: skip
     """Make the plan of samples that are known one by one; `plan` and `interp.record` end here.
 
     `arguments` are those of the pipeline's call. `columns` is the least number of token columns: a run that
-    will be appended to may meet longer prompts.
+    will be appended to may meet longer prompts. `read`: tokens of prompts that are known already.
     """
     family = find_family(pipe)
     family.check_call(arguments)
     times = timeline(pipe.scheduler, steps, schedule=family.schedule(arguments)).after(family.skipped_steps(arguments))
-    tokens = _tokenized(family, samples["prompt"], arguments)
-    others = _tokenized(family, samples["negative_prompt"], family.negative_arguments(arguments))
+    tokens = TokenList(samples["prompt"], partial(family.tokenize, arguments=arguments), read)
+    without = family.negative_arguments(arguments)
+    others = TokenList(samples["negative_prompt"], partial(family.tokenize, arguments=without))
     named = not isinstance(capture.tokens, str) and any(isinstance(t, str) for t in capture.tokens)
     selection = (
         choose_tokens(capture.tokens, tokens, others, table.rows(samples["prompt_id"]), columns)
@@ -236,7 +239,7 @@ def assemble(
     every = select_tokens(tokens, others, "all").table
     attention = captured_attention(family, capture, arguments)
     sites = captured_sites(family, capture, arguments)
-    reductions = captured_reductions(family, capture, arguments, selection.positions.shape[1])
+    reductions = captured_reductions(family, capture, arguments, selection.width)
     layout = Layout(
         samples=samples,
         groups=run_groups(
@@ -269,15 +272,11 @@ def assemble(
         return assemble(
             pipe, capture=other, table=table, samples=samples, batches=batches, conditions=conditions, steps=steps,
             guidance=guidance, height=height, width=width, arguments=arguments, options=options, columns=columns,
+            read=tokens,
         )  # fmt: skip
 
     check_budget(made, again)
     return made
-
-
-def _tokenized(family: Family, prompts: Sequence[str], arguments: Arguments) -> list[Tokens]:
-    known = {text: family.tokenize(text, arguments) for text in dict.fromkeys(prompts)}
-    return [known[text] for text in prompts]
 
 
 def _passes(changes: Sequence[Intervention], times: Timeline, guided: bool) -> int:

@@ -20,7 +20,7 @@ from interp.planning import Plan, assemble
 from interp.prompts import PromptTable
 from interp.recorder import Recorder, pictures
 from interp.stores import Group, Run, RunWriter, TokenTable, create_run
-from interp.tokens import TokenSelection
+from interp.token_columns import TokenSelection
 
 
 @contextmanager
@@ -133,16 +133,16 @@ def _token_table(group: Group) -> TokenTable:
 
 def _moved(plan: Plan, first: Plan, samples: list[int]) -> Plan:
     """Give an appended call's plan the run's token columns and sample numbers."""
-    old, columns = plan.selection, first.selection.positions.shape[1]
-    positions = np.full((samples[-1] + 1, columns), -1)
-    own = old.positions.shape[1] - (old.pads is not None)  # the last column is the summed padding
-    positions[samples, :own] = old.positions[:, :own]
+    old = plan.selection
+    positions = np.full((samples[-1] + 1, first.selection.width), -1)
+    own = old.width - (old.pads is not None)  # the last column is the summed padding
+    positions[samples, :own] = np.asarray(old.positions)[:, :own]
     pads = None
     if old.pads is not None:
         pads = np.zeros((samples[-1] + 1, old.pads.shape[1]), bool)
-        pads[samples] = old.pads
+        pads[samples] = np.asarray(old.pads)
     before = samples[0]  # whose tokens are not looked at again
-    tokens, negatives = ([some[0]] * before + some for some in (plan.tokens, plan.negatives))
+    tokens, negatives = plan.tokens.after(before), plan.negatives.after(before)
     texts = [[""] * before + some for some in plan.texts]
     return replace(
         plan, selection=TokenSelection(positions, pads, old.table), layout=first.layout, tokens=tokens, negatives=negatives,

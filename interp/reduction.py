@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from interp.branches import numbers
 from interp.kernels import AttentionCall
-from interp.tokens import TokenSelection
+from interp.token_columns import TokenSelection
 
 CHUNK_BYTES = 256 * 2**20
 """Float32 probabilities formed at once: bounds the memory whatever the model's size."""
@@ -54,9 +55,9 @@ class AttentionReducer:
         keys: tuple[int, int] | None = None,
     ) -> None:
         self.part, self.grid, self.heads, self.dtype, self.keys = part, grid, heads, dtype, keys or grid
-        self._positions = None if selection is None else torch.from_numpy(selection.positions)
+        self._positions = None if selection is None else torch.from_numpy(np.asarray(selection.positions))
         pads = None if selection is None else selection.pads
-        self._pads = None if pads is None else torch.from_numpy(pads)
+        self._pads = None if pads is None else torch.from_numpy(np.asarray(pads))
         self._known: dict[object, _Columns] = {}
 
     def __call__(self, layers: Sequence[Layer]) -> torch.Tensor:

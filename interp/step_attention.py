@@ -19,7 +19,6 @@ from interp.planning import Plan
 from interp.reduction import AttentionReducer, Layer
 from interp.regions import Cells
 from interp.stores.table import ROLES
-from interp.tokens import TokenSelection
 
 
 class StepAttention:
@@ -27,9 +26,8 @@ class StepAttention:
 
     def __init__(self, hooks: HookRegistry, plan: Plan, samples: Sequence[int]) -> None:
         self.hooks, self.plan, self.samples = hooks, plan, list(samples)
-        capture, columns = plan.capture, plan.selection
-        pads = None if columns.pads is None else columns.pads[self.samples]
-        self._selection = selection = TokenSelection(columns.positions[self.samples], pads, columns.table)
+        capture = plan.capture
+        self._selection = selection = plan.selection.of(self.samples)
         self._groups = attention_groups(plan.attention)
         observed = [*plan.attention, *(s for one in plan.reductions for s in one.layers)]
         self._observed = {one.name: one.site for one in observed}

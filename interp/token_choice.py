@@ -7,14 +7,17 @@ import numpy as np
 
 from interp.errors import InterpError, nearest, sentence_list
 from interp.prompts import fill
+from interp.stores.rows import Rows
 from interp.stores.table import ROLES
-from interp.tokens import WORD, Tokens, TokenSelection, label_columns
+from interp.token_columns import TokenSelection, label_columns, padding
+from interp.token_list import TokenList
+from interp.tokens import WORD, Tokens
 
 Item = int | str
 
 
 def choose_tokens(
-    wanted: Sequence[Item], cond: Sequence[Tokens], uncond: Sequence[Tokens], rows: Sequence[Mapping[str, Any]],
+    wanted: Sequence[Item], cond: TokenList, uncond: TokenList, rows: Sequence[Mapping[str, Any]],
     width: int = 0,
 ) -> TokenSelection:  # fmt: skip
     """Return the columns of some positions, words and roles, in the order of the prompt.
@@ -46,12 +49,21 @@ def choose_tokens(
             )
     columns = max(*(len(k) + summed for k in kept), width, 1)
     positions = np.full((len(cond), columns), -1)
-    pads = np.zeros((len(cond), max(len(t.ids) for t in cond)), bool)
-    for i, (found, tokens) in enumerate(zip(kept, cond, strict=True)):
+    for i, found in enumerate(kept):
         positions[i, : len(found)] = found
-        pads[i, : len(tokens.role)] = [role == "pad" and p not in found for p, role in enumerate(tokens.role)]
-    sums = pads if summed else None
-    return TokenSelection(positions, sums, label_columns(list(cond), list(uncond), positions, sums))
+    if not summed:
+        return TokenSelection(positions, None, label_columns(cond, uncond, positions, None))
+    every = padding(cond)
+
+    def left(rows: np.ndarray) -> np.ndarray:
+        """The padding that is not chosen by itself."""
+        pads = every[rows]
+        for i, row in enumerate(rows):
+            pads[i, kept[row]] = False
+        return pads
+
+    sums = Rows(every.shape, bool, left)
+    return TokenSelection(positions, sums, label_columns(cond, uncond, positions, sums))
 
 
 def find_tokens(wanted: Sequence[Item], tokens: Tokens, row: Mapping[str, Any], asker: str) -> list[int]:

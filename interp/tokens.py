@@ -1,14 +1,10 @@
 """Tokens of a prompt as the text encoder sees them: text, role and word of each position."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from interp.errors import InterpError
-from interp.stores import TokenTable
 
 WORD = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]+")
 
@@ -154,75 +150,3 @@ def _stripped(text: str, piece: str, a: int, b: int) -> tuple[int, int]:
 
 def _word_at(span: tuple[int, int], words: list[tuple[str, tuple[int, int]]]) -> int:
     return next((i for i, (_, (a, b)) in enumerate(words) if span[0] < b and span[1] > a), -1)
-
-
-@dataclass(frozen=True)
-class TokenSelection:
-    """Which token positions become which columns of a run: positions (sample, column), -1 = unused column.
-
-    `pads` (sample, position) marks the padding that is summed into the last column; None where nothing is summed.
-    """
-
-    positions: np.ndarray
-    pads: np.ndarray | None
-    table: TokenTable
-
-    def of(self, members: Sequence[int]) -> "TokenSelection":
-        """Return the positions and pads of some samples."""
-        rows = list(members)
-        return TokenSelection(self.positions[rows], None if self.pads is None else self.pads[rows], self.table)
-
-
-def select_tokens(
-    cond: list[Tokens], uncond: list[Tokens], tokens: str | tuple[int, ...], width: int = 0
-) -> TokenSelection:
-    """Choose the columns for a list of prompts, as `Capture.tokens` says.
-
-    Args:
-        cond, uncond: Tokenised prompts and negative prompts, one a sample.
-        tokens: `"prompt"`, `"all"` or positions.
-        width: Make at least this many columns (a run that is appended to has its width already).
-    """
-    n, length = len(cond), max(len(t.ids) for t in cond)
-    pads = None
-    if tokens == "prompt":
-        used = [[p for p, role in enumerate(t.role) if role != "pad"] for t in cond]
-        columns = max(max(map(len, used)) + 1, width)
-        positions = np.full((n, columns), -1)
-        pads = np.zeros((n, length), bool)
-        for i, kept in enumerate(used):
-            positions[i, : len(kept)] = kept
-            pads[i, : len(cond[i].ids)] = True
-            pads[i, kept] = False
-    else:
-        wanted = range(length) if tokens == "all" else tokens
-        wrong = [p for p in wanted if not 0 <= int(p) < length]
-        if wrong:
-            raise InterpError(f"Capture(tokens={list(wanted)}): the text has positions 0–{length - 1}")
-        positions = np.tile(np.asarray(wanted, int), (n, 1))
-        lengths = np.asarray([len(t.ids) for t in cond])
-        positions[positions >= lengths[:, None]] = -1
-        if tokens == "all" and width > positions.shape[1]:
-            positions = np.pad(positions, ((0, 0), (0, width - positions.shape[1])), constant_values=-1)
-    return TokenSelection(positions, pads, label_columns(cond, uncond, positions, pads))
-
-
-def label_columns(
-    cond: list[Tokens], uncond: list[Tokens], positions: np.ndarray, pads: np.ndarray | None
-) -> TokenTable:
-    """Describe chosen positions: the table of their columns."""
-    shape = positions.shape
-    text, role, other = (np.full(shape, "", object) for _ in range(3))
-    ids, word, count = np.full(shape, -1), np.full(shape, -1), np.zeros(shape, int)
-    for i, (mine, theirs) in enumerate(zip(cond, uncond, strict=True)):
-        for column, p in enumerate(positions[i]):
-            if p >= 0:
-                text[i, column], role[i, column] = mine.text[p], mine.role[p]
-                other[i, column] = theirs.text[p] if p < len(theirs.text) else ""
-                ids[i, column], word[i, column], count[i, column] = mine.ids[p], mine.word[p], 1
-        if pads is not None and pads[i].any():
-            p = int(np.argmax(pads[i]))
-            text[i, -1], role[i, -1] = mine.text[p], "pad"
-            other[i, -1] = theirs.text[p] if p < len(theirs.text) else ""
-            ids[i, -1], count[i, -1] = mine.ids[p], int(pads[i].sum())
-    return TokenTable(text=text, id=ids, role=role, word=word, count=count, text_uncond=other)

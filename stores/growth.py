@@ -45,7 +45,7 @@ def _grown_group(name: str, group: Group, n: int, more: int, tokens: TokenTable 
         if dims[:1] == ("sample",):
             if key not in new or len(new[key][1]) != more:
                 raise StoreError(f"{more} samples are to be added, but {name}/{key} has no rows for them; pass tokens")
-            values = np.concatenate([values, new[key][1].astype(values.dtype)])
+            values = np.concatenate([values, np.asarray(new[key][1], values.dtype)])
         coords[key] = (dims, values)
     arrays = {k: replace(a, shape=(n + more, *a.shape[1:])) for k, a in group.arrays.items()}
     return replace(group, arrays=arrays, coords=coords)

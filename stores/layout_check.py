@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from interp.stores.errors import StoreError
+from interp.stores.rows import Rows
 from interp.stores.schema import Array, Group, Layout
 from interp.stores.table import ROOT_RESERVED
 
@@ -86,8 +87,8 @@ def _group(name: str, group: Group, n: int) -> Group:
     coords = {}
     for key, (dims, raw) in group.coords.items():
         check_name(f"{name}/{key}")
-        values = np.asarray(raw)
-        if values.dtype.kind in "UOT":
+        values = raw if isinstance(raw, Rows) else np.asarray(raw)
+        if values.dtype.kind in "UOT" and not isinstance(values, Rows):
             values = np.array([str(v) for v in values.ravel()], object).reshape(values.shape)
         if values.ndim != len(dims):
             raise StoreError(f"coordinate {name}/{key} has dims {dims} but shape {values.shape}; they must agree")

@@ -114,7 +114,7 @@ class MemoryWriter(RunWriter):
                 for name, array in group.arrays.items()
             }
             coords = {
-                name: (dims, _text(values), self._attrs(f"{group_name}/{name}"))
+                name: (dims, _text(np.asarray(values)), self._attrs(f"{group_name}/{name}"))
                 for name, (dims, values) in group.coords.items()
             }
             parts[group_name] = xr.Dataset(arrays, coords, self._attrs(group_name))

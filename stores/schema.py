@@ -1,11 +1,13 @@
 """What a run is to hold: `Layout`, `Group`, `Array`, and the tables of tokens that label them."""
 
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from interp.stores.errors import StoreError
+from interp.stores.rows import Rows, changed
 from interp.stores.table import TOKEN_FILL
 
 Coord = tuple[tuple[str, ...], Any]
@@ -72,7 +74,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Token columns of an attention or text group: arrays (sample, token).
+    """Token columns of an attention or text group: arrays (sample, token), or `Rows` that make them in parts.
 
     `word` counts the words of the prompt from 0; `count` is how many tokens a column sums. Columns that a
     short
@@ -88,28 +90,22 @@ class TokenTable:
 
     def coords(self) -> dict[str, Coord]:
         """Return the columns as coordinates `token_text`, `token_id`, … (sample, token)."""
-        found = {
-            "token_text": self.text,
-            "token_id": self.id,
-            "token_role": self.role,
-            "token_word": self.word,
-            "token_count": self.count,
-            "token_text_uncond": self.text_uncond,
-        }
+        found = {f"token_{f.name}": getattr(self, f.name) for f in fields(self)}
         ints = ("token_id", "token_word", "token_count")
         return {
-            name: (("sample", "token"), np.asarray(value, "int32" if name in ints else object))
-            for name, value in found.items()
-            if value is not None
+            name: (
+                ("sample", "token"),
+                values if isinstance(values, Rows) else np.asarray(values, "int32" if name in ints else object),
+            )
+            for name, values in found.items()
+            if values is not None
         }
 
     def columns(self, span: slice) -> "TokenTable":
         """Return the table of some columns."""
-        parts = {
-            name: None if values is None else np.asarray(values)[:, span]
-            for name, values in ((f.name, getattr(self, f.name)) for f in fields(self))
-        }
-        return TokenTable(**parts)
+        width = len(range(self.width)[span])
+        found = {n.removeprefix("token_"): v for n, (_, v) in self.coords().items()}
+        return TokenTable(**{n: changed(v, width, lambda part: part[:, span]) for n, v in found.items()})
 
     @property
     def width(self) -> int:
@@ -123,11 +119,9 @@ class TokenTable:
         """Return the table widened to `width` columns by unused ones."""
         if width < self.width:
             raise StoreError(f"a prompt needs {self.width} token columns, but the run has {width}; start a new run")
-        extra = width - self.width
-        columns = {
-            name.removeprefix("token_"): np.pad(
-                values, ((0, 0), (0, extra)), constant_values=np.asarray(TOKEN_FILL[name], values.dtype)[()]
-            )
-            for name, (_, values) in self.coords().items()
-        }
+        more = ((0, 0), (0, width - self.width))
+        columns = {}
+        for name, (_, values) in self.coords().items():
+            pad = partial(np.pad, pad_width=more, constant_values=np.asarray(TOKEN_FILL[name], values.dtype)[()])
+            columns[name.removeprefix("token_")] = changed(values, width, pad)
         return TokenTable(**columns)

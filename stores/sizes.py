@@ -29,16 +29,20 @@ def layout_bytes(layout: Layout, different: Mapping[str, float] | None = None) -
     """
     layout = checked(layout)
     known = different or {}
-    found = {path: _bytes(node, known.get(path)) for path, node in nodes(layout).items()}
+    tables: dict[int, int] = {}
+    found = {path: _bytes(node, known.get(path), tables) for path, node in nodes(layout).items()}
     written = documents(layout)
     found[""] = sum(len(json.dumps(document, indent=2, allow_nan=False).encode()) for document in written.values())
     return found
 
 
-def _bytes(node: Node, different: float | None) -> int:
+def _bytes(node: Node, different: float | None, tables: dict[int, int]) -> int:
+    """Return the bytes of one array; `tables` has those of tables, by identity: grids share the labels of their tokens."""
     place = node.placement
     if node.values is not None:
-        return _table_bytes(node.values, place)
+        if id(node.values) not in tables:
+            tables[id(node.values)] = _table_bytes(node.values, place)
+        return tables[id(node.values)]
     shape = tuple(max(1, s) for s in node.metadata["shape"])
     if node.metadata["shape"][0] == 0:
         return 0

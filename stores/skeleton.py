@@ -111,9 +111,15 @@ def build(path: Path, layout: Layout) -> bool:
             target = folder / name
             target.mkdir(parents=True, exist_ok=True)
             (target / "zarr.json").write_text(json.dumps(document, indent=2, allow_nan=False))
+        written: dict[int, Path] = {}
         for name, node in nodes(layout).items():
-            if node.values is not None and node.values.size:
+            if node.values is None or not node.values.size:
+                continue
+            if id(node.values) in written:  # grids share the labels of their tokens
+                shutil.copytree(written[id(node.values)] / "c", folder / name / "c")
+            else:
                 write_table(folder / name, node.values, node.placement)
+                written[id(node.values)] = folder / name
         _sync_all(folder)
         folder.rename(path)
     except OSError as error:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from interp.errors import InterpError, sentence_list
 from interp.planning import Plan, assemble
 from interp.prompts import PromptTable
@@ -114,6 +112,7 @@ def _assemble(
         pipe, capture=asked.capture, table=prompts, samples=columns, batches=list(batches.values()),
         conditions=asked.conditions, steps=asked.steps, guidance=asked.guidance_scale, height=asked.height,
         width=asked.width, arguments=asked.arguments, options=asked.options, columns=width,
+        read=asked.tokens,
     )  # fmt: skip
     if attrs is None:
         return found
@@ -195,6 +194,4 @@ def _width(tree: Any) -> int:
 
 
 def _token_table(group: Group) -> TokenTable:
-    return TokenTable(
-        **{n.removeprefix("token_"): np.asarray(v) for n, (_, v) in group.coords.items() if n.startswith("token_")}
-    )
+    return TokenTable(**{n.removeprefix("token_"): v for n, (_, v) in group.coords.items() if n.startswith("token_")})
