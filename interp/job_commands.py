@@ -36,11 +36,14 @@ def run(
         str | None, typer.Option(metavar="ADDRESS", help="A running Dask scheduler, e.g. tcp://10.0.0.1:8786.")
     ] = None,
     scheduler_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File that a Dask scheduler wrote.")
+        Path | None, typer.Option(metavar="FILE", help="File of a Dask scheduler; one is started if it is not there.")
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of job files, for editors.")] = False,
 ) -> None:
-    """Run a batch job, or go on with it: the same command again does what is missing."""
+    """Run a batch job, or go on with it: the same command again does what is missing.
+
+    Exit code: 0 all samples done, 1 some failed, 2 a mistake in the job or the command, 130 stopped by Ctrl-C.
+    """
     from interp.jobs import job_schema, read_job, run_job
 
     if schema:

@@ -78,8 +78,8 @@ def fill(template: str, row: Mapping[str, Any]) -> str:
     for name in names:
         if name not in row:
             raise InterpError(
-                f"an intervention's text names the column {name!r}, which the prompt table lacks{nearest(name, row)}; "
-                f"it has {sentence_list(row)}"
+                f"an intervention's text names the column {name!r}, which the prompt table lacks; it has "
+                f"{sentence_list(row)}{nearest(name, row)}"
             )
     for name in names:
         template = template.replace("{" + name + "}", str(row[name]))

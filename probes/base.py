@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,11 +75,7 @@ class Probe:
         Raises InterpError for an unknown parameter, for data that the run did not capture, and for a result
         without labels or units.
         """
-        known = self.params
-        for name in params:
-            if name not in known:
-                listed = f"it has {', '.join(known) or 'none'}{nearest(name, known)}"
-                raise InterpError(f"probe {self.name!r} has no parameter {name!r}; {listed}")
+        self.check_params(params)
         if not hasattr(run, "tree"):
             raise InterpError(
                 f"probe {self.name!r} was given {type(run).__name__} where a run is expected: "
@@ -89,7 +85,7 @@ class Probe:
         result = _labelled(self.name, self.fn(sparing(run), **params))
         if result.nbytes <= LARGE:  # a larger one stays lazy if it is
             result = result.compute()
-        actual = {name: params.get(name, parameter.default) for name, parameter in known.items()}
+        actual = {name: params.get(name, parameter.default) for name, parameter in self.params.items()}
         result.attrs |= {
             "probe": self.name,
             "parameters": json.dumps(actual, default=_plain),
@@ -97,6 +93,14 @@ class Probe:
             "run_format": str(run.attrs.get("format", "")),
         }
         return result
+
+    def check_params(self, names: Iterable[str]) -> None:
+        """Raise InterpError for a parameter that the probe does not have."""
+        known = self.params
+        for name in names:
+            if name not in known:
+                listed = f"it has {', '.join(known) or 'none'}{nearest(name, known)}"
+                raise InterpError(f"probe {self.name!r} has no parameter {name!r}; {listed}")
 
     def __repr__(self) -> str:
         args = "".join(f", {name}={p.default!r}" for name, p in self.params.items())

@@ -112,11 +112,17 @@ def _differences(
 def attr_differences(there: dict[str, Any], asked: dict[str, Any], leave_out: Collection[str] = ()) -> list[str]:
     """Name each root attribute in which two runs differ, those aside that may (versions, the date)."""
     keys = sorted(({*there} | {*asked}) - {*VOLATILE, *leave_out})
-    return [
-        f"{key} {_short(there.get(key))} there, {_short(asked.get(key))} asked"
-        for key in keys
-        if there.get(key) != asked.get(key)
-    ]
+    return [text for key in keys for text in _value_differences(key, there.get(key), asked.get(key))]
+
+
+def _value_differences(name: str, there: Any, asked: Any) -> list[str]:
+    """Name what differs within a value; of things of two classes only that they are."""
+    if there == asked:
+        return []
+    if isinstance(there, dict) and isinstance(asked, dict):
+        keys = ["class"] if there.get("class") != asked.get("class") else sorted({*there, *asked})
+        return [t for key in keys for t in _value_differences(f"{name}.{key}", there.get(key), asked.get(key))]
+    return [f"{name} {_short(there)} there, {_short(asked)} asked"]
 
 
 def _shapes(listed: dict[str, Any], layout: Layout) -> list[str]:

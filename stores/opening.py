@@ -24,7 +24,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     >>> run = open_run("run.zarr")                    # doctest: +SKIP
     >>> run.attention("32x32").isel(sample=0).load()  # doctest: +SKIP
     """
-    advice = "give the folder that trace(store=...) wrote"
+    advice = "give the folder that trace(store=...) or interp run wrote"
     if not isinstance(path, str | os.PathLike):
         raise StoreError(f"a run was asked for by {path!r}, which is no path; {advice}")
     text = os.fspath(path)

@@ -3,17 +3,20 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from interp.jobs.driver import Report
 from interp.jobs.spec import Job
+from interp.probes import find_probe
+from interp.probes.needs import require
 from interp.probes.progress import watched
-from interp.stores import open_run
+from interp.stores import Layout, Run, open_run
 
 
 def finish(job: Job, report: Report, *, say: Callable[[str], None], progress: bool) -> None:
@@ -29,9 +32,7 @@ def finish(job: Job, report: Report, *, say: Callable[[str], None], progress: bo
         run = score(run, job.scores, progress=progress)
         say(f"scores: {', '.join(map(str, run.scores.metric.values))}")
     seen: Counter[str] = Counter()
-    for one in job.probes:
-        spec = {"name": one} if isinstance(one, str) else dict(one)
-        name = str(spec.pop("name"))
+    for name, spec in _asked(job):
         seen[name] += 1
         target = probe_path(job.path, name, seen[name])
         if not report.made and _answers(target, spec):
@@ -41,6 +42,31 @@ def finish(job: Job, report: Report, *, say: Callable[[str], None], progress: bo
         result.attrs["asked"] = json.dumps(spec, sort_keys=True)
         _write(result, target)
         say(f"probe {name}: {target}")
+
+
+def check_probes(job: Job, layout: Layout) -> None:
+    """Raise InterpError for a probe that the job's run could not be asked, before it is made.
+
+    What a probe needs of scores is not looked at: they come first.
+    """
+    groups = {
+        name: xr.Dataset({n: (a.dims, np.broadcast_to(np.int8(0), a.shape)) for n, a in group.arrays.items()})
+        for name, group in layout.groups.items()
+    }
+    columns = xr.Dataset({name: ("sample", np.zeros(len(layout))) for name in layout.samples})
+    run = Run(xr.DataTree.from_dict({"/": columns, **groups}))
+    for name, params in _asked(job):
+        probe = find_probe(name)
+        probe.check_params(params)
+        needs = {node: wanted for node, wanted in probe.needs.items() if node not in ("scores", "x0")}
+        require(run, needs, asker=f"probe {name!r}")
+
+
+def _asked(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The names and parameters of the job's probes."""
+    for one in job.probes:
+        spec = {"name": one} if isinstance(one, str) else dict(one)
+        yield str(spec.pop("name")), spec
 
 
 def probe_path(run: Path, name: str, number: int = 1) -> Path:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from interp.errors import InterpError, sentence_list
 from interp.planning import Plan, assemble
 from interp.prompts import PromptTable
@@ -82,6 +84,10 @@ def compare(path: Path, asked: Plan) -> Extension:
     status = table["status"].to_numpy()
     done, failed = int((status == DONE).sum()), int((status == FAILED).sum())
     width = _width(run.tree)
+    if width and asked.selection.width > width:
+        used = (np.asarray(asked.selection.table.count) > 0).sum(1)
+        longest = str(own["prompt"][int(used.argmax())])
+        raise _refused(path, f"the prompt {longest!r} needs {used.max()} token columns, but the run has {width}")
     return Extension(
         asked, done, failed, len(table) - done - failed, added, prompts,
         {"conditions": dict(there["conditions"]) | wanted["conditions"]}, width,
@@ -169,7 +175,13 @@ def _match_prompts(path: Path, stored: PromptTable, asked: PromptTable) -> tuple
             everything[name].append(value)
     left = sorted(k for found in places.values() for k in found)
     if left:
-        raise _refused(path, f"the job lacks the run's prompt {stored.columns['prompt'][left[0]]!r}")
+        prompt = stored.columns["prompt"][left[0]]
+        alike = [i for i, text in enumerate(asked.columns["prompt"]) if text == prompt and ids[i] >= len(stored)]
+        if not alike:
+            raise _refused(path, f"the job lacks the run's prompt {prompt!r}")
+        name = next(n for n in names if asked.columns[n][alike[0]] != stored.columns[n][left[0]])
+        a, b = (table.columns[name][i] for table, i in ((stored, left[0]), (asked, alike[0])))
+        raise _refused(path, f"of the prompt {prompt!r} the {name} is {a!r} there, {b!r} in the job")
     return ids, PromptTable(everything)
 
 

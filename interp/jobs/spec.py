@@ -49,7 +49,7 @@ class Job(BaseModel):
         description="Installed probes to run when the samples are done: a name, or a mapping with 'name' and parameters.",
     )
     store: str = Field(description="Where the run goes, below the job file's folder.")
-    batch_size: int | Literal["auto"] = Field("auto", description="Samples that run together.")
+    batch_size: int | Literal["auto"] = Field("auto", description="How many samples run together: a number, or 'auto'.")
 
     @field_validator("batch_size")
     @classmethod
@@ -162,20 +162,53 @@ def parse_job(values: Any, where: str = "") -> Job:
         raise InterpError(where + _first(error)) from None
 
 
+_WANTED = {
+    "string_type": "give text",
+    "int_type": "give a whole number",
+    "int_from_float": "give a whole number",
+    "float_type": "give a number",
+    "finite_number": "give a finite number",
+    "list_type": "give a list",
+    "dict_type": "give keys and values",
+    "too_short": "give at least one",
+    "greater_than_equal": "give at least {ge}",
+}
+"""What pydantic's errors ask for, by their type."""
+
+
+_SEVERAL = ("prompts", "seeds", "size", "scheduler", "probes", "batch_size")
+"""Keys whose values may be of several kinds, which their descriptions tell."""
+
+
 def _first(error: ValidationError) -> str:
-    """Say the first thing that is wrong, and how many more there are."""
-    found = error.errors(include_url=False, include_context=False)
-    places = list(dict.fromkeys(str(e["loc"][0]) for e in found if e["loc"]))
-    first = found[0]
-    if first["type"] == "missing":
-        text = f"a job needs {places[0]!r}"
+    """Say the first thing that is wrong, and what else is."""
+    found = error.errors(include_url=False)
+    missing = [str(e["loc"][0]) for e in found if e["type"] == "missing" and len(e["loc"]) == 1]
+    if missing:
+        text, told = f"a job needs {sentence_list(missing)}", {*missing}
     else:
-        given = json.dumps(first["input"], default=str, ensure_ascii=False)
-        given = given if len(given) <= 60 else given[:57] + "…"
-        text = f"{places[0]}: {first['msg'].removeprefix('Value error, ')}"
-        text += "" if given in text else f", but it is {given}"
-    rest = places[1:]
+        text, told = _one(found[0]), {str(found[0]["loc"][0])}
+    rest = list(dict.fromkeys(str(e["loc"][0]) for e in found if e["loc"][0] not in told))
     return text + (f"; also wrong: {', '.join(rest)}" if rest else "")
+
+
+def _one(error: Any) -> str:
+    """Say in words what is wrong with a value."""
+    key, given = error["loc"][0], json.dumps(error["input"], default=str, ensure_ascii=False)
+    given = given if len(given) <= 60 else given[:57] + "…"
+    if error["type"] == "value_error":
+        wanted = error["msg"].removeprefix("Value error, ")
+        said = given in wanted or str(error["input"]) in wanted
+        return f"{key}: {wanted}" + ("" if said else f", but it is {given}")
+    if key in _SEVERAL:
+        description = str(Job.model_fields[key].description).rstrip(".")
+        return f"{key}: {given} will not do; wanted: {description[0].lower()}{description[1:]}"
+    place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in error["loc"]).lstrip(".")
+    known = _WANTED.get(error["type"])
+    wanted = (
+        error["msg"].replace("Input should be ", "give ") if known is None else known.format(**error.get("ctx", {}))
+    )
+    return f"{place}: {wanted}, but it is {given}"
 
 
 def _inside(folder: Path, text: str, key: str) -> Path:

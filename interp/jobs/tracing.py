@@ -14,6 +14,7 @@ from interp.budget import size
 from interp.capture import Capture
 from interp.errors import InterpError, nearest
 from interp.interventions import from_spec
+from interp.jobs.afterwards import check_probes
 from interp.jobs.extension import Extension, compare, stored_plan
 from interp.jobs.spec import Job
 from interp.jobs.work import Work
@@ -64,6 +65,7 @@ class TraceWork(Work):
     def describe(self) -> str:  # noqa: D102
         if self.job.scores:
             check_scores(self.asked, self.job.scores)
+        check_probes(self.job, self.asked.layout)
         lines = [str(self.asked), f"store: {self.store}"]
         if _free(self.store):
             return "\n".join([*lines, _room(self.store, self.asked.bytes)])

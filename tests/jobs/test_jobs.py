@@ -41,6 +41,11 @@ def run(folder, *, retry_failed=False, **changes):
     return run_job(job(folder, **changes), progress=False, retry_failed=retry_failed)
 
 
+def planned(folder, **changes):
+    """What --dry-run does."""
+    return job_tracing.TraceWork(job(folder, **changes).model_dump(mode="json"), str(folder / "run.zarr")).describe()
+
+
 def equal(a, b, *, but=()):
     """Bit by bit, array by array; `but` are root attributes that may differ."""
     a, b = (xr.open_datatree(p, engine="zarr").load() for p in (a, b))
@@ -126,10 +131,17 @@ def test_prompts_seeds_and_conditions_are_appended(pipe, tmp_path):
         ({"seeds": [1, 2]}, "the job lacks a sample of the run: condition 'baseline', seed 0"),
         ({"conditions": {"x": []}}, "the condition 'baseline' there, not in the job"),
         ({"conditions": {"baseline": [{"name": "remove_text"}]}}, "the condition 'baseline' is [] there"),
-        ({"capture": {"latents": False}}, "capture"),
+        ({"capture": {"latents": False}}, "(capture.latents true there, false asked)"),
+        (
+            {"negative_prompt": "blurred"},
+            "of the prompt 'a red circle' the negative_prompt is '' there, 'blurred' in the job",
+        ),
         ({"prompts": [{"prompt": p, "target": "x"} for p in PROMPTS[:3]]}, "differ in the column 'target'"),
-        ({"prompts": [*PROMPTS[:3], "two small stripes, two small stripes"]}, "token columns, but the run has"),
-        ({"scheduler": "EulerDiscreteScheduler"}, "scheduler"),
+        (
+            {"prompts": [*PROMPTS[:3], "two small stripes, two small stripes"]},
+            "token columns, but the run has 18",
+        ),
+        ({"scheduler": "EulerDiscreteScheduler"}, "scheduler.class DDIMScheduler there, EulerDiscreteScheduler asked"),
         ({"prompts": [*PROMPTS[:3], {"prompt": "x"}]}, "prompts"),
     ],
 )
@@ -138,9 +150,10 @@ def test_any_other_change_is_refused_and_nothing_is_touched(pipe, tmp_path, made
 
     shutil.copytree(made, tmp_path / "run.zarr")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError) as caught:
-        run(tmp_path, **change)
-    assert says in str(caught.value)
+    for attempt in (run, planned):
+        with pytest.raises(ValueError) as caught:
+            attempt(tmp_path, **change)
+        assert says in str(caught.value)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
@@ -268,12 +281,15 @@ def test_scores_and_probes_follow(pipe, tmp_path):
     [
         ("modl: scenes", "no key 'modl'; did you mean 'model'?"),
         ("model: scenes\nbacth_size: 3", "no key 'bacth_size'; did you mean 'batch_size'?"),
-        ("model: scenes", "a job needs 'prompts'; also wrong: store"),
-        ("model: scenes\nprompts: [a]\nstore: x\nsteps: many", "steps: Input should be a valid integer, but it is \"many\""),
-        ("model: scenes\nprompts: [a]\nstore: x\nsteps: 0", "steps: Input should be greater than or equal to 1"),
+        ("model: scenes", "a job needs 'prompts', 'store'"),
+        ("model: scenes\nprompts: [a]\nstore: x\nsteps: many", "steps: give a whole number, but it is \"many\""),
+        ("model: scenes\nprompts: [a]\nstore: x\nsteps: 0", "steps: give at least 1, but it is 0"),
         ("model: scenes\nprompts: [a]\nstore: x\nsteps: 2\nsteps: 3", "line 5: the key 'steps' stands there twice"),
         ("model: scenes\nprompts: [a]\nstore: x\nseeds: 0..3", "cannot read the seeds '0..3'"),
         ("model: scenes\nprompts: [a]\nstore: x\nbatch_size: 0", "at least 1"),
+        ("model: scenes\nprompts: [a]\nstore: x\nseeds: 1.5", "seeds: 1.5 will not do; wanted: a number, a list, or"),
+        ("model: scenes\nprompts: [a]\nstore: x\nconditions: {late: [remove_text]}", "conditions.late[0]: give keys"),
+        ("model: scenes\nprompts: [a]\nstore: x\ndtype: fp16", "dtype: give 'float16', 'bfloat16' or 'float32'"),
         ("model: scenes\nprompts: [a]\nstore: ../x", "must be a path below the job file's folder"),
         ("model: scenes\nprompts: [a]\nstore: /tmp/x", "give --store on the command line"),
         ("model: scenes\nprompts: [a]\nstore: link/x", "leads out of the job file's folder, by a link"),
@@ -315,6 +331,9 @@ def test_a_mistake_in_the_file_is_one_sentence(tmp_path, text, says):
         ({"scheduler": "UNet2DConditionModel"}, "no scheduler"),
         ({"scheduler": {"class": "DDIMScheduler", "eta_": 1}}, "has no setting 'eta_'"),
         ({"pipeline": {"guidance_rescal": 1}}, "did you mean 'guidance_rescale'?"),
+        ({"probes": ["frequency_enrgy"]}, "did you mean 'frequency_energy'?"),
+        ({"probes": [{"name": "frequency_energy", "low": 1}]}, "probe 'frequency_energy' has no parameter 'low'"),
+        ({"probes": ["frequency_energy"], "capture": {"latents": False}}, "probe 'frequency_energy' needs 'latents'"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_part_is_named_before_anything_is_made(pipe, tmp_path, change, says):
