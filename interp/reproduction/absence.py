@@ -128,16 +128,7 @@ def _answer_e8(runs: Runs, settings: Settings) -> Answer:
         saved = cost.saved(names[chosen])
         checks += [*found, Check(f"{label}: share of seconds saved", saved, ">", 0.25, decides=False)]
         said.append((float(ds["passes_saved"].values[chosen]), saved, found[0].number))
-        distances = cost.distances()
-        rows = [
-            [a, got.mean(c, IMAGE), got.mean(c, "L1"), *(got.mean(c, f"{m}:prompt") for m in judges(run)),
-             *(values.get(c, float("nan")) for values in distances.values()), cost.seconds(c), cost.saved(c),
-             float(ds["passes_saved"].values[k]), float(ds["passes_saved_expected"].values[k])]
-            for k, (a, c) in enumerate(zip(removed, names, strict=True))
-        ]  # fmt: skip
-        columns = ["a", "CLIPScore(Image)", "L1", *(NAMES[m] for m in judges(run)), *distances, "seconds a picture",
-                   "seconds saved", "passes saved", "a/(2T)"]  # fmt: skip
-        tables.append(Table(columns, rows, f"The paper's Table 2: {solver}, {steps} steps. {cost.facts()}"))
+        tables += _tables(got, cost, ds, names, f"The paper's Table 2: {solver}, {steps} steps.")
         similarity = [got.mean(c, IMAGE) for c in names]
         panels.append((f"{solver}, {steps} steps", "a (last a steps without text)", "CLIPScore(Image)",
                        [("", removed, similarity, BLUE, "-")]))  # fmt: skip
@@ -153,6 +144,28 @@ def _answer_e8(runs: Runs, settings: Settings) -> Answer:
         f"{passes[0]:.0%} and {passes[1]:.0%} of the passes saved{clock}, CLIPScore(Image) {near[0].text()} and "
         f"{near[1].text()}",
     )  # fmt: skip
+
+
+def _tables(got: Compared, cost: Cost, ds: xr.Dataset, names: list[str], title: str) -> list[Table]:
+    """Return the paper's table in two, each as wide as a page: how near the pictures are, and what is saved."""
+    removed, metrics, distances = [int(v) for v in ds["steps_removed"].values], judges(got.run), cost.distances()
+    near = [
+        [a, got.mean(c, IMAGE), got.mean(c, "L1"), *(got.mean(c, f"{m}:prompt") for m in metrics),
+         *(values.get(c, float("nan")) for values in distances.values())]
+        for a, c in zip(removed, names, strict=True)
+    ]  # fmt: skip
+    spared = [
+        [a, float(ds["passes_saved"].values[k]), float(ds["passes_saved_expected"].values[k]), cost.seconds(c), cost.saved(c)]
+        for k, (a, c) in enumerate(zip(removed, names, strict=True))
+    ]  # fmt: skip
+    return [
+        Table(
+            ["a", "CLIPScore(Image)", "L1", *(NAMES[m] for m in metrics), *distances], near, f"{title} {cost.missing()}"
+        ),
+        Table(
+            ["a", "passes saved", "a/(2T)", "seconds a picture", "seconds saved"], spared, f"{title} {cost.measured()}"
+        ),
+    ]
 
 
 def _closeness(got: Compared, condition: str, label: str, ds: xr.Dataset, k: int, must_save: bool) -> list[Check]:

@@ -53,9 +53,11 @@ class Cost:
         found = {name: known.get(f"{metric}:baseline", {}) for metric, name in FEATURES.items()}
         return {name: {c: float(v["value"]) for c, v in values.items()} for name, values in found.items() if values}
 
-    def facts(self) -> str:
-        """Return on what the seconds were measured, and what FID there is not."""
+    def measured(self) -> str:
+        """Return on what the seconds were measured."""
         attrs = self.run.attrs
-        said = f"Seconds on {attrs['device']}, {attrs['dtype']}; batches a condition: {self.timings['baseline'].size}."
-        missing = [NEEDS[metric] for metric in frechet(self.settings) if FEATURES[metric] not in self.distances()]
-        return " ".join([said, *missing])
+        return f"Seconds on {attrs['device']}, {attrs['dtype']}; batches a condition: {self.timings['baseline'].size}."
+
+    def missing(self) -> str:
+        """Return what FID there is not, and why."""
+        return " ".join(NEEDS[metric] for metric in frechet(self.settings) if FEATURES[metric] not in self.distances())

@@ -170,7 +170,9 @@ def _number(value: Any, digits: int) -> str:
         more = f'<span class="interval">[{interval}</span>' if bracket else ""
         return f'<td class="number">{text}{more}</td>'
     if isinstance(value, float):
-        shown = "–" if value != value else f"{value:z.{digits}f}".replace("-", "−")
+        small = 0 < abs(value) < 0.5 * 10**-digits and abs(value) > 1e-12  # would be zeros alone; less is rounding
+        shown = "–" if value != value else f"{value:.1e}" if small else f"{value:z.{digits}f}"
+        shown = shown.replace("-", "−")
         return f'<td class="number">{shown}</td>'
     return f"<td{_class(value)}>{escape(str(value))}</td>"
 
