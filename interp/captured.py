@@ -14,7 +14,7 @@ from interp.errors import InterpError
 from interp.families import Arguments, Family
 from interp.hooks import At
 from interp.named_reductions import Named, named
-from interp.rehearsal import LATENTS, TEXT, Passing, passing
+from interp.rehearsal import BESIDE, LATENTS, TEXT, Passing, passing
 from interp.stores.table import ROLES
 
 UPDATE = "update"
@@ -37,7 +37,7 @@ class SiteCapture:
     image: Literal["first", "last"] | None = None
     """Where the image's positions lie, if the text's beside them are left out: they are as many as a prompt has tokens."""
     of: frozenset[str] = frozenset({LATENTS, TEXT})
-    """What it depends on: the latents (and the time), the text, both, or neither."""
+    """What it depends on: the latents (and the time), the text, both, or neither; or on text that is left out of it."""
 
     @property
     def quantity(self) -> str:
@@ -134,7 +134,7 @@ def _of_the_image(
                 "read it with interp.HookRegistry"
             )
         shape = tuple(math.prod(grid) if d == "position" else n for d, n in zip(site.dims, site.shape, strict=True))
-        plain = SiteCapture(site.site, site.dims, shape, grid, of=site.of)
+        plain = SiteCapture(site.site, site.dims, shape, grid, of=site.of - {BESIDE})
         found.append(replace(_cropped(capture, plain), image=family.image_lies))
     return found
 
@@ -259,10 +259,8 @@ def _named_reduction(
             f"Capture(reduce={name!r}): {reduction!r} is of image → text, but {wrong[0]!r} attends to no text; choose other "
             "layers by (glob, name)"
         )
-    if capture.region is not None:
-        raise InterpError(f"Capture(reduce={name!r}): {reduction!r} is of the whole picture; leave out region")
     one = ReduceCapture(name, layers, (), chosen.dims, named=chosen)
-    y, x = one.largest
+    y, x = (cells.stop - cells.start for cells in capture.chosen_cells(one.largest))
     sizes = {"head": max(one.site.heads for one in layers), "role": len(ROLES), "token": columns, "y": y, "x": x}
     return replace(one, shape=tuple(sizes[d] for d in chosen.dims))
 

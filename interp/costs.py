@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from interp.captured import SiteCapture, site_node
 from interp.clock import Timeline
 from interp.interventions import Intervention
-from interp.rehearsal import LATENTS, TEXT
+from interp.rehearsal import BESIDE, LATENTS, TEXT
 from interp.stores import Layout
 from interp.stores.sizes import layout_bytes
 
@@ -55,5 +55,5 @@ def _states(
             texts = tuple(
                 i for i, c in active if branch == "cond" and any(claim.startswith("text") for claim in c.claims())
             )
-            states.add("absent" if absent else (LATENTS in of and step, TEXT in of and (branch, texts)))
+            states.add("absent" if absent else (LATENTS in of and step, bool({TEXT, BESIDE} & of) and (branch, texts)))
     return len(states)

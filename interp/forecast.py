@@ -7,7 +7,8 @@ the order (row, y, x, channel), in memory of its own. What is left out is small 
 """
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from interp.calls import DenoiserCall
 from interp.families import Arguments, DenoiserInputs, Family
 from interp.hooks import HookRegistry
+from interp.offloading import at_once, coming
 from interp.undressing import undressed, without_data
 
 if TYPE_CHECKING:
@@ -70,12 +72,17 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def weights(pipe: Any) -> int:
-    """Bytes of the parameters and buffers of a pipeline's parts that are on its device."""
+def weights(pipe: Any, running: Iterable[torch.nn.Module] = ()) -> int:
+    """Bytes of a pipeline's parameters and buffers that are on its device while some parts run.
+
+    Of offloaded ones those that come for the call of a part that runs count, as many of them as are there at once.
+    """
     parts = [p for p in pipe.components.values() if isinstance(p, torch.nn.Module)]
-    device = pipe.device.type  # a property that walks through the pipeline: not once a tensor
-    found = {t.data_ptr(): t for p in parts for t in (*p.parameters(), *p.buffers()) if t.device.type == device}
-    return sum(t.untyped_storage().nbytes() for t in found.values())
+    device = getattr(pipe, "_execution_device", pipe.device).type
+    away = {id(t) for p in parts for brought in coming(p).values() for t in brought}
+    here = (t for p in parts for t in (*p.parameters(), *p.buffers()) if t.device.type == device and id(t) not in away)
+    stay = {t.data_ptr(): t.untyped_storage().nbytes() for t in here}
+    return sum(stay.values()) + sum(map(at_once, running))
 
 
 def peak_memory(family: Family, plan: "Plan", recorded: bool = True) -> int:
@@ -86,14 +93,17 @@ def peak_memory(family: Family, plan: "Plan", recorded: bool = True) -> int:
         plan: What is recorded.
         recorded: False counts the same call untraced.
     """
-    held = weights(family.pipe)
-    working = max(_encoding(family, plan), _denoising(family, plan, recorded), _decoding(family, plan))
-    return held + working
+    held = partial(weights, family.pipe)
+    encoding = [held([encoder]) + working for encoder, working in _encoding(family, plan)]
+    denoising = held(family.denoisers.values()) + _denoising(family, plan, recorded)
+    vae = getattr(family.pipe, "vae", None)
+    decoding = held([vae]) + _decoding(family, plan, vae) if plan.capture.image and hasattr(vae, "decode") else 0
+    return max(*encoding, denoising, decoding)
 
 
-def _encoding(family: Family, plan: "Plan") -> int:
+def _encoding(family: Family, plan: "Plan") -> Iterator[tuple[torch.nn.Module, int]]:
     """The text of a batch, which each encoder reads at its full length; a language model keeps the states of all layers."""
-    rows, most = max(map(len, plan.batches)), 0
+    rows = max(map(len, plan.batches))
     arguments = plan.arguments if family.encodes_padded else _as_long(family, plan)
     segments = family.text_segments(arguments)
     for name, (tokenizer, encoder) in {} if family.fallback else family.text_encoders.items():
@@ -104,8 +114,7 @@ def _encoding(family: Family, plan: "Plan") -> int:
         with undressed(encoder), without_data(encoder) as device, Counted(device) as counted:
             ids = torch.ones(rows, length, dtype=torch.long)
             encoder(input_ids=ids, attention_mask=ids, output_hidden_states=True)
-        most = max(most, counted.most)
-    return most
+        yield encoder, counted.most
 
 
 def _denoising(family: Family, plan: "Plan", recorded: bool) -> int:
@@ -145,11 +154,8 @@ def _as_long(family: Family, plan: "Plan") -> Arguments:
     return {**plan.arguments, "max_sequence_length": max(len(t.ids) for t in (*plan.tokens, *plan.negatives))}
 
 
-def _decoding(family: Family, plan: "Plan") -> int:
-    """The pictures of a batch, where they are decoded on the device."""
-    vae = getattr(family.pipe, "vae", None)
-    if not plan.capture.image or vae is None or not hasattr(vae, "decode"):
-        return 0
+def _decoding(family: Family, plan: "Plan", vae: Any) -> int:
+    """The pictures of a batch."""
     rows = 1 if getattr(vae, "use_slicing", False) else max(map(len, plan.batches))
     shape = family.latent_shape(plan.arguments)
     video = any(isinstance(m, torch.nn.Conv3d) for m in vae.modules())

@@ -18,6 +18,7 @@ from interp.errors import InterpError
 from interp.families import Arguments, Family
 from interp.interventions import Intervention
 from interp.loading import origin
+from interp.offloading import in_files
 from interp.stores import Group, TokenTable
 from interp.stores.groups import attention_group, images_group, site_group, text_group, trajectory_group
 from interp.stores.table import ROLES
@@ -88,6 +89,7 @@ def _reduction_group(
     group = site_group(
         n, dims=(*("layer",) * len(layers), *one.dims), shape=(*layers, *one.shape), branches=capture.branches,
         steps=steps, timestep=times.timestep[steps], tokens=tokens if "token" in one.dims else None, attrs=attrs,
+        cells=capture.chosen_cells(one.largest) if capture.region and "y" in one.dims else None,
     )  # fmt: skip
     if layers:
         group.coords["layer"] = (("layer",), np.asarray([s.name for s in one.layers], object))
@@ -157,8 +159,8 @@ def _config_hash(pipe: Any) -> str:
 @torch.no_grad()
 def _weights_hash(module: torch.nn.Module) -> str:
     """A digest of a few values of every parameter: a resumed run must not go on with other weights."""
-    in_files = _in_files(module)
-    here = {n: p for n, p in sorted(module.named_parameters()) if p.device.type != "meta" and id(p) not in in_files}
+    unknown = in_files(module)
+    here = {n: p for n, p in sorted(module.named_parameters()) if p.device.type != "meta" and id(p) not in unknown}
     few = {n: p.detach().flatten()[:: max(1, p.numel() // 4)][:4].float() for n, p in here.items()}
     values: dict[str, torch.Tensor] = {}
     for device in {t.device for t in few.values()}:  # waited for once, not for every parameter
@@ -169,10 +171,3 @@ def _weights_hash(module: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(values[name].numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _in_files(module: torch.nn.Module) -> set[int]:
-    """Parameters, by identity, whose values diffusers' group offload keeps in files: in between they hold anything."""
-    registries = [getattr(m, "_diffusers_hook", None) for m in module.modules()]
-    groups: list[Any] = [getattr(h, "group", None) for one in registries if one is not None for h in one.hooks.values()]
-    return {id(t) for g in groups if getattr(g, "offload_to_disk_path", None) is not None for t in g.tensor_to_key}

@@ -44,6 +44,11 @@ class Named:
     mean: bool = False
     of_text: bool = True
 
+    @property
+    def maps(self) -> bool:
+        """Whether it gives maps: they are formed whole, and a region is cut out of them on the largest grid."""
+        return "y" in self.dims
+
 
 def _entropy(probs: torch.Tensor, place: Place) -> torch.Tensor:
     return torch.special.entr(probs).sum(-1).mean(-1)
@@ -90,7 +95,8 @@ NAMED = {
 (bos, word, eos, pad, template), mean over the queries. `token_mass`: the same of each token column. `mean_map`: a token's
 map, mean over heads and steps; cells of a smaller grid are repeated, so that all layers have the largest. `daam`: a token's
 maps summed over heads, layers and steps, each brought to the largest grid by bicubic interpolation (Tang et al.,
-arXiv:2210.04885). Layers with fewer heads than others have NaN beyond them.
+arXiv:2210.04885). Layers with fewer heads than others have NaN beyond them. Where a region is captured, the queries are those
+inside it, and maps are cut to it.
 """
 
 

@@ -14,13 +14,15 @@ from interp.structure import structure
 from interp.undressing import without_data
 
 LATENTS, TEXT = "latents", "text"
+BESIDE = "text beside"
+"""Of a sequence that holds the image and the text where neither has met the other: the text's positions depend on the text."""
 _CHANGING = ("sample", "hidden_states", "x", "timestep", "t")
 """Names that models give what differs from step to step."""
 
 
 @dataclass(frozen=True)
 class Passing:
-    """What passes at a site: one sample's shape, and what it depends on: `latents` (and the time), `text`, both, or neither."""
+    """What passes at a site: one sample's shape, and what it depends on: `latents` (and the time), `text`, `text beside`."""
 
     shape: tuple[int, ...]
     of: frozenset[str]
@@ -51,9 +53,36 @@ class Following(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         marks = self.marks(args, kwargs)
+        if func is torch.ops.aten.cat.default:
+            marks = _side_by_side([self.marks(t) for t in args[0]])
+        elif BESIDE in marks and self._mixes(func, args, out):
+            marks = marks - {BESIDE} | {TEXT}
         if marks:
             self.mark(out, marks)
         return out
+
+    def _mixes(self, func: Any, args: Any, out: Any) -> bool:
+        """Tell whether positions of a sequence may meet in an operation: in any that is not known to keep them apart."""
+        if func.is_view or torch.Tag.pointwise in func.tags or func in _APART:
+            return False
+        if func in _PRODUCTS:  # with weights
+            return sum(bool(self.marks(t)) for t in args if isinstance(t, torch.Tensor)) > 1
+        if func is torch.ops.aten.mean.dim:  # over the features
+            return [d % args[0].ndim for d in args[1]] != [args[0].ndim - 1]
+        return True
+
+
+_APART = {
+    torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.stack.default,
+    torch.ops.aten.native_layer_norm.default, torch.ops.aten._fused_rms_norm.default,
+}  # fmt: skip
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+def _side_by_side(parts: Sequence[frozenset[str]]) -> frozenset[str]:
+    """Marks of parts that lie beside each other: the text is beside, if a part is free of it."""
+    whole = frozenset().union(*parts)
+    return whole - {TEXT} | {BESIDE} if TEXT in whole and not all(TEXT in p for p in parts) else whole
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

@@ -81,12 +81,12 @@ class StepAttention:
                 parcel[f"{site_node(one.name)}/value"] = value
         return parcel
 
-    def _layers(self, one: AttentionPart) -> dict[str, tuple[Layer, DenoiserCall]]:
-        """One layer's kernel call of each branch that was evaluated in the step."""
+    def _layers(self, one: AttentionPart, whole: bool = False) -> dict[str, tuple[Layer, DenoiserCall]]:
+        """One layer's kernel call of each branch that was evaluated in the step, of the region's queries or the `whole`."""
         found, cells = {}, self._cells[one.name]
         for kernel, call in self._calls[one.name]:
             queries, keys = self.hooks.spans(kernel, call).part(one.part)
-            if not cells.all and one.part != "text":  # a region is one of the image's queries
+            if not whole and not cells.all and one.part != "text":  # a region is one of the image's queries
                 kernel = cells.crop(kernel, queries.start)
                 queries = slice(0, len(cells.positions))
             start = 0
@@ -126,8 +126,8 @@ class StepAttention:
 
     def _reduce_layer(self, one: ReduceCapture, layer: AttentionPart) -> dict[str, torch.Tensor]:
         """Apply a reduction to one layer: branch → (sample, …)."""
-        parts = {}
-        for branch, (kept, call) in (self._layers(layer) if self._did_run(layer.name) else {}).items():
+        parts, maps = {}, one.named is not None and one.named.maps
+        for branch, (kept, call) in (self._layers(layer, whole=maps) if self._did_run(layer.name) else {}).items():
             if branch in self.plan.capture.branches:
                 probs = kept.probabilities()
                 if one.named is not None:
@@ -135,6 +135,8 @@ class StepAttention:
                     roles = self._roles[branch][members] if one.named.of_text else None
                     place = Place(roles, self._selection.of(members), layer.site.grid, one.largest)
                     value = one.named.fn(probs, place)
+                    if maps:
+                        value = value[(..., *self.plan.capture.chosen_cells(one.largest))]
                     if one.named.dims[0] == "head":  # other layers may have more
                         more = one.shape[0] - value.shape[1]
                         value = F.pad(value, (*[0] * 2 * (value.ndim - 2), 0, more), value=float("nan"))

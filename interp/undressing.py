@@ -12,6 +12,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from interp.observing import NAME, HookProbs
+from interp.offloading import runs_on
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -57,12 +58,13 @@ def undressed(module: torch.nn.Module) -> Iterator[None]:
 def without_data(module: torch.nn.Module) -> Iterator[str]:
     """Tensors that are made inside have no data, and lie on the module's device, whose type is given.
 
-    Weights that an offload has taken away lie nowhere, or on several devices: there, all of them are stood in for, on the CPU.
+    Weights that an offload has taken away lie nowhere, or on another device than they come to: there, all of them are stood
+    in for, where they come to.
     """
     weights = [*module.parameters(), *module.buffers()]
-    devices = {str(t.device) for t in weights} or {"cpu"}
-    offloaded = len(devices) > 1 or "meta" in devices
-    device = "cpu" if offloaded else devices.pop()
+    devices, runs = {str(t.device) for t in weights} or {"cpu"}, runs_on(module)
+    offloaded = runs is not None or len(devices) > 1 or "meta" in devices
+    device = str(runs or "cpu") if offloaded else devices.pop()
     weightless = stood_in(module) if offloaded else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(device), weightless:
         yield torch.device(device).type

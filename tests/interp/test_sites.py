@@ -119,9 +119,10 @@ def test_patterns():
 
 
 def test_region():
-    """The upper right quarter of maps, queries and features; the same numbers as in the whole."""
+    """The upper right quarter of maps, queries and features; the same numbers as in the whole. Means are over its queries."""
     sites = (f"{BLOCK}.transformer_blocks.0:out", f"{BLOCK}:update", f"{CROSS}:q", f"{CROSS}:k")
-    reduce = {"peak": lambda p, at: p.amax((1, 2))}
+    named = {"mass": "token_mass", "mean": "mean_map", "daam": "daam"}
+    reduce = {"peak": lambda p, at: p.amax((1, 2)), **named}
     pipe, common = tiny("sd1"), {"attention": "all", "sites": sites, "reduce": reduce, "image": False, "tokens": "all"}
     whole = interp.trace(pipe, A, capture=interp.Capture(**common, dtype="float32"), **SETTINGS)
     part = interp.trace(
@@ -146,6 +147,11 @@ def test_region():
     peaks = heads.attention("16x16").isel(cut).max(["head", "query_y", "query_x"])
     mine = part.tree["sites/peak/value"].sel(layer=peaks.layer)
     np.testing.assert_allclose(mine.values, peaks.values, atol=1e-6)
+    means = heads.attention("16x16").isel(cut).mean(["query_y", "query_x"])
+    np.testing.assert_allclose(part.site("mass").sel(layer=peaks.layer).values, means.values, atol=1e-6)
+    for name in ("mean", "daam"):  # of the largest grid, also where a smaller one's cells are wider than the region
+        assert part.site(name).x.values.tolist() == list(range(8, 16))
+        np.testing.assert_array_equal(part.site(name).values, whole.site(name).isel(y=rows, x=columns).values)
 
 
 def test_tokens_by_word_role_and_column():
