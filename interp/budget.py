@@ -56,22 +56,28 @@ def check_budget(plan: "Plan", again: Callable[[Capture], "Plan"]) -> None:
     budget = plan.capture.budget
     if budget is None or plan.bytes <= parse_size(budget):
         return
-    limit, now, taken, told = parse_size(budget), plan, plan.bytes, []
-    for words, capture in _cheaper(plan):
-        if now.bytes <= limit:
-            break
-        smaller = again(capture(now.capture))
-        saved = now.bytes - smaller.bytes
-        if saved > 0.02 * taken or smaller.bytes <= limit:
-            told.append(f"{words} saves {size(saved)}")
-            now = smaller
-    samples = len(plan)
-    fits = max(1, int(samples * limit / now.bytes)) if now.bytes > limit else samples
+    limit, now, told = parse_size(budget), plan, []
+    offers = list(_cheaper(plan))
+    for _ in range(2):  # what saved too little to be worth it may be much of what is left
+        declined = []
+        for words, capture in offers:
+            if now.bytes <= limit:
+                break
+            smaller = again(capture(now.capture))
+            saved = now.bytes - smaller.bytes
+            if saved > 0.02 * now.bytes or smaller.bytes <= limit:
+                told.append(f"{words} saves {size(saved)}")
+                now = smaller
+            else:
+                declined.append((words, capture))
+        offers = declined
+    samples, taken = len(plan), plan.bytes
+    fits = int(samples * limit / now.bytes) if now.bytes > limit else samples
     end = (
         f"which leaves {size(now.bytes)}"
         if now.bytes <= limit
         else f"even then {size(now.bytes)} are left, so plan for about {fits} of the {samples} samples"
-        if samples > 1
+        if fits > 0
         else f"even then {size(now.bytes)} are left, so raise the budget"
     )
     advice = "; ".join(told) or "nothing more can be dropped"

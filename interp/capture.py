@@ -18,13 +18,12 @@ Reducer = Callable[..., Any]
 Reduce = Reducer | str
 """A reduction: a function, or the name of one."""
 
+PART_NAMES = (*PARTS["joint"], "all")
+OF_IMAGE = ("cross", "self")
+"""Parts whose queries are the image's."""
+
 Selection = tuple[int, ...] | str
 Region = tuple[float, float, float, float]
-
-WITHIN_TEXT = (
-    "attention of {!r} goes from text to text, which a run has no place for "
-    "(interp.HookRegistry(pipe) reads and writes it)"
-)  # fmt: skip
 
 _ALWAYS_IN_SPEC = (
     "attention", "heads", "tokens", "branches", "steps", "latents", "noise_pred", "sites", "text", "image", "reduce",
@@ -35,7 +34,7 @@ _ALWAYS_IN_SPEC = (
 
 @dataclass(frozen=True)
 class AttentionPart:
-    """A part of one attention site's probabilities: `cross` (image → text), `self` (image → image), `text` (text → image)."""
+    """A part of one attention site's probabilities: `cross`, `self`, `text` or `within_text`, see `interp.families.PARTS`."""
 
     site: AttentionSite
     part: str
@@ -52,8 +51,9 @@ class Capture:
 
     Args:
         attention: `"cross"` (image → text, of cross- and joint attention alike), `"self"` (image → image), `"text"`
-            (text → image of joint attention), `"all"`, None for none, or attention sites, which keep image → text where
-            there is text, else image → image: a glob or several, or `"re:"` and a regular expression.
+            (text → image of joint attention), `"within_text"` (text → text of joint attention and of layers for the text
+            alone), `"all"`, None for none, or attention sites, which keep image → text where there is both, else what they
+            attend to: a glob or several, or `"re:"` and a regular expression.
         heads: `"mean"`, `"all"`, or head indices.
         tokens: `"prompt"` keeps bos, words and the first eos and sums the padding into one last column; `"all"`; or a
             list of positions, words (`"red"`, `"navy background"`, `"{target}"` for the text in a column of the prompt
@@ -208,18 +208,19 @@ budget, mantissa
         """
         if self.attention is None:
             return []
-        lacking = {**lacking, **{s.name: WITHIN_TEXT.format(s.name) for s in sites if not PARTS[s.kind]}}
-        sites = [s for s in sites if PARTS[s.kind]]
-        if self.attention in ("cross", "self", "text", "all"):
+        if self.attention in PART_NAMES:
             parts = [AttentionPart(s, p) for s in sites for p in PARTS[s.kind] if self.attention in ("all", p)]
             if lacking and (not parts or self.attention == "all"):
                 self._leave_out(next(iter(lacking.values())), parts)
-            if not parts and self.attention == "text":
+            if not parts and self.attention in ("text", "within_text"):
+                goes = {"text": "text → image", "within_text": "text → text"}[self.attention]
                 raise InterpError(
-                    "Capture(attention='text') keeps text → image, which joint attention alone has; this model has "
+                    f"Capture(attention={self.attention!r}) keeps {goes}, which joint attention alone has; this model has "
                     f"{' and '.join(sorted({s.kind for s in sites}))} attention"
                 )
             return parts
+        if not sites and lacking:
+            self._leave_out(next(iter(lacking.values())), [])
         globs = (self.attention,) if isinstance(self.attention, str) else self.attention
         chosen: set[str] = set()
         for pattern in globs:
@@ -231,8 +232,7 @@ budget, mantissa
             if not found:
                 raise InterpError(
                     f"Capture(attention={pattern!r}) matches no attention site"
-                    f"{nearest(path, [*names, 'cross', 'self', 'text', 'all'])}"
-                    f"{'' if nearest(path, names) else ';'} this model has {len(names)}, e.g. {sentence_list(names, 2)}"
+                    f"{nearest(path, [*names, *PART_NAMES]) or ';'} this model has {len(names)}, e.g. {sentence_list(names, 2)}"
                 )
             chosen |= {*found}
         return [AttentionPart(s, PARTS[s.kind][0]) for s in sites if s.name in chosen]

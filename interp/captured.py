@@ -267,7 +267,13 @@ def _named_reduction(
 
 def _reduced_shape(name: str, fn: Reducer, one: AttentionPart, image: int, text: int) -> tuple[int, ...]:
     site = one.site
-    queries, keys = {"cross": (image, text), "self": (image, math.prod(site.grid)), "text": (text, image)}[one.part]
+    sizes = {
+        "cross": (image, text),
+        "self": (image, math.prod(site.grid)),
+        "text": (text, image),
+        "within_text": (text, text),
+    }
+    queries, keys = sizes[one.part]
     at = At(f"{site.name}:probs", 0, 0.0, 0, "cond", 1)
     try:
         result = fn(torch.full((1, site.heads, queries, keys), 1 / keys), at)
@@ -284,10 +290,10 @@ def _reduced_shape(name: str, fn: Reducer, one: AttentionPart, image: int, text:
 
 def attention_groups(attention: Sequence[AttentionPart]) -> dict[str, list[AttentionPart]]:
     """Sort parts of attention into the store's groups, one a part and grid."""
-    nodes = {"cross": "attention", "self": "self_attention", "text": "text_attention"}
     groups: dict[str, list[AttentionPart]] = {}
     for one in attention:
-        groups.setdefault(f"{nodes[one.part]}/{one.site.grid[0]}x{one.site.grid[1]}", []).append(one)
+        node = "attention" if one.part == "cross" else f"{one.part}_attention"
+        groups.setdefault(f"{node}/{one.site.grid[0]}x{one.site.grid[1]}", []).append(one)
     return groups
 
 

@@ -204,7 +204,8 @@ def match_sites(family: Family, pattern: str) -> list[str]:
     found = [f"{p}:{quantity}" for p in matching(path, paths)]
     if not found:
         lacking = family.without_probabilities()
-        if quantity not in ("in", "out") and (unfit := matching(path, lacking)):
+        unfit = [*lacking] if family.fallback else matching(path, lacking)
+        if quantity not in ("in", "out") and unfit:
             raise InterpError(f"{pattern!r}: {lacking[unfit[0]]}; read what goes in (':in') and comes out (':out')")
         raise InterpError(_no_match(family, pattern))
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from interp.capture import AttentionPart, Capture
+from interp.capture import OF_IMAGE, AttentionPart, Capture
 from interp.captured import ReduceCapture, SiteCapture, attention_groups, site_node
 from interp.clock import Timeline, is_flow
 from interp.encoder_states import hidden_groups
@@ -50,9 +50,8 @@ def run_groups(
         groups[name] = attention_group(
             n, kind=first.kind, grid=first.grid, layers=[m.name for m in members],
             heads=["mean"] if capture.heads == "mean" else [str(h) for h in heads], branches=capture.branches,
-            sigma=times.sigma[kept], tokens=tokens, dtype=capture.dtype, self_attention=part == "self",
-            text_attention=part == "text", mantissa=capture.mantissa,
-            cells=None if capture.region is None or part == "text" else capture.chosen_cells(first.grid), **timing,
+            sigma=times.sigma[kept], tokens=tokens, dtype=capture.dtype, part=part, mantissa=capture.mantissa,
+            cells=capture.chosen_cells(first.grid) if capture.region and part in OF_IMAGE else None, **timing,
         )  # fmt: skip
     for site in sites:
         groups[site_node(site.site)] = site_group(

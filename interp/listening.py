@@ -1,6 +1,6 @@
 """Who reads or writes which site, and how a branch's rows reach them."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +89,10 @@ class Listeners:
 
 
 def _split(site: str, tensor: torch.Tensor, call: DenoiserCall) -> dict[str, torch.Tensor]:
+    if not isinstance(tensor, torch.Tensor):
+        raise InterpError(
+            f"a {type(tensor).__name__} passes at {site!r}, and no tensor; read it with a plain torch hook"
+        )
     if tensor.shape[:1] != (call.rows,):
         raise InterpError(
             f"a tensor of shape {tuple(tensor.shape)} passes at {site!r}, whose first dimension does not hold "
@@ -112,11 +116,11 @@ def changed_input(args: tuple, kwargs: dict, change: Change) -> tuple[tuple, dic
 
 def changed_output(out: Any, index: int, change: Change) -> Any:
     """Let `change` look at a module's output, of a tuple the element `index`; None if it is left as it is."""
-    if isinstance(out, torch.Tensor):
-        return change(out)
-    if isinstance(out, tuple):
+    if isinstance(out, tuple) and len(out) > index:
         changed = change(out[index])
         return None if changed is None else (*out[:index], changed, *out[index + 1 :])
+    if not isinstance(out, Mapping) or not out:
+        return change(out)
     key = next(iter(out))  # diffusers' and transformers' outputs are ordered mappings, main tensor first
     changed = change(out[key])
     if changed is not None:

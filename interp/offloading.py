@@ -24,9 +24,9 @@ def coming(module: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
     brought: set[int] = set()
 
     def bring(path: str, tensors: list[torch.Tensor]) -> None:
-        new = [t for t in tensors if id(t) not in brought]
-        brought.update(map(id, new))
-        found[path] = found.get(path, []) + new
+        new = {id(t): t for t in tensors if id(t) not in brought}
+        brought.update(new)
+        found[path] = [*found.get(path, ()), *new.values()]
 
     for path, m in module.named_modules():
         for group in _groups(m):

@@ -36,11 +36,12 @@ class AttentionReducer:
     """Reduce one grid's kernel calls of a step and branch to (sample, layer, head, token, query_y, query_x).
 
     Args:
-        part: `cross` (image → text), `self` (image → image), `text` (text → image).
+        part: `cross` (image → text), `self` (image → image), `text` (text → image), `within_text` (text → text).
         grid: (height, width) of the image positions.
         heads: Head indices to keep, or None for the mean over all.
         selection: Token columns of the batch's samples; None for `self`, which keeps all keys and gives
-            (sample, layer, head, query_y, query_x, key_y, key_x). `text` gives (…, token, key_y, key_x).
+            (sample, layer, head, query_y, query_x, key_y, key_x). `text` gives (…, token, key_y, key_x), `within_text`
+            (…, query_token, token).
         dtype: Of the result.
         keys: (height, width) of the key positions of self-attention; default is `grid`.
     """
@@ -70,7 +71,7 @@ class AttentionReducer:
                     probs = _probabilities([replace(layers[i], queries=queries) for i in part])
                     blocks.append(self._of_heads(probs))
                 probs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=3)  # (layer, sample, head, query, key)
-                chosen = self.columns(probs, layers[part[0]].members).transpose(0, 1)
+                chosen = self._selected(probs, layers[part[0]].members).transpose(0, 1)
                 if whole is None:  # (sample, layer, head, token, position)
                     shape = (len(chosen), len(layers), *chosen.shape[2:])
                     whole = torch.empty(shape, dtype=self.dtype, device=chosen.device)
@@ -81,6 +82,8 @@ class AttentionReducer:
                     whole[:, layer] = chosen[:, i]
         assert whole is not None
         height, width = self.grid
+        if self.part == "within_text":
+            return whole
         if self.part == "self":
             return whole.unflatten(-1, self.keys).unflatten(-3, (height, width))
         return whole.unflatten(-1, (height, width))
@@ -93,12 +96,21 @@ class AttentionReducer:
             return probs
         return probs.index_select(2, numbers(self.heads, probs.device))
 
-    def columns(self, probs: torch.Tensor, members: tuple[int, ...] | None = None) -> torch.Tensor:
-        """Select tokens: (layer, sample, head, query, key) → (layer, sample, head, token, image position)."""
+    def _selected(self, probs: torch.Tensor, members: tuple[int, ...]) -> torch.Tensor:
+        """Select tokens on each side that is the text: (layer, sample, head, query, key) → as the part is stored."""
         if self._positions is None:
             return probs
-        if self.part == "cross":
-            probs = probs.transpose(-1, -2)
+        if self.part == "text":
+            return self._rows(probs, members)
+        chosen = self.columns(probs, members)
+        return chosen if self.part == "cross" else self._rows(chosen.transpose(-1, -2), members)
+
+    def columns(self, probs: torch.Tensor, members: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Select tokens among the keys: (layer, sample, head, query, key) → (layer, sample, head, token, query)."""
+        return self._rows(probs.transpose(-1, -2), members)
+
+    def _rows(self, probs: torch.Tensor, members: tuple[int, ...] | None) -> torch.Tensor:
+        """Select tokens along the last dimension but one."""
         layers, _, heads, length, image = probs.shape
         key = members, length, probs.device
         if key not in self._known:  # once a run, not at every step

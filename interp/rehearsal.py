@@ -18,6 +18,17 @@ BESIDE = "text beside"
 """Of a sequence that holds the image and the text where neither has met the other: the text's positions depend on the text."""
 _CHANGING = ("sample", "hidden_states", "x", "timestep", "t")
 """Names that models give what differs from step to step."""
+_FIXED = (
+    "guidance",
+    "original_size",
+    "target_size",
+    "crop_coords",
+    "image_meta_size",
+    "style",
+    "resolution",
+    "aspect_ratio",
+)
+"""Names of what is the same for all rows and steps."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +84,9 @@ class Following(TorchDispatchMode):
 
 
 _APART = {
-    torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.stack.default,
-    torch.ops.aten.native_layer_norm.default, torch.ops.aten._fused_rms_norm.default,
+    torch.ops.aten.clone.default, torch.ops.aten._to_copy.default, torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.copy_.default, torch.ops.aten.stack.default, torch.ops.aten.native_layer_norm.default,
+    torch.ops.aten._fused_rms_norm.default,
 }  # fmt: skip
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
@@ -123,5 +135,5 @@ def _mark(family: Family, inputs: DenoiserInputs, following: Following) -> None:
     following.mark(inputs.args[:2], frozenset({LATENTS}))
     following.mark(inputs.args[2:], frozenset({TEXT}))
     for name, value in inputs.kwargs.items():
-        if name not in (*family.shared, "guidance"):
+        if name not in (*family.shared, *_FIXED):
             following.mark(value, frozenset({LATENTS if name in _CHANGING else TEXT}))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from interp.branches import numbers, spread, stack_branches
-from interp.capture import AttentionPart
+from interp.capture import OF_IMAGE, AttentionPart
 from interp.captured import ReduceCapture, attention_groups, site_node
 from interp.errors import InterpError
 from interp.families import AttentionSite
@@ -35,7 +35,7 @@ class StepAttention:
         self._reducers = {
             name: AttentionReducer(
                 members[0].part,
-                members[0].site.grid if members[0].part == "text" else self._cells[members[0].name].size,
+                members[0].site.grid if members[0].part not in OF_IMAGE else self._cells[members[0].name].size,
                 None if capture.heads == "mean" else capture.chosen_heads(members[0].site.heads),
                 None if members[0].part == "self" else selection,
                 getattr(torch, capture.dtype),
@@ -86,7 +86,7 @@ class StepAttention:
         found, cells = {}, self._cells[one.name]
         for kernel, call in self._calls[one.name]:
             queries, keys = self.hooks.spans(kernel, call).part(one.part)
-            if not whole and not cells.all and one.part != "text":  # a region is one of the image's queries
+            if not whole and not cells.all and one.part in OF_IMAGE:  # a region is one of the image's queries
                 kernel = cells.crop(kernel, queries.start)
                 queries = slice(0, len(cells.positions))
             start = 0

@@ -44,8 +44,8 @@ def choose_tokens(
         ):
             words = sorted({w for t in cond for w in t.words})
             raise InterpError(
-                f"Capture(tokens={list(wanted)}): {fill(item, rows[0])!r} is in no prompt{nearest(item, [*words, *ROLES])}; "
-                f"the prompts have the words {sentence_list(words)}"
+                f"Capture(tokens={list(wanted)}): {fill(item, rows[0])!r} is in no prompt"
+                f"{nearest(item, [*words, *ROLES]) or ';'} the prompts have the words {sentence_list(words)}"
             )
     columns = max(*(len(k) + summed for k in kept), width, 1)
     positions = np.full((len(cond), columns), -1)

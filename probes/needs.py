@@ -19,6 +19,7 @@ REMEDY = {
     "attention": 'trace again with Capture(attention="cross")',
     "self_attention": 'trace again with Capture(attention="self")',
     "text_attention": 'trace again with Capture(attention="all")',
+    "within_text_attention": 'trace again with Capture(attention="all")',
     "sites": "trace again with Capture(sites=(…,)), naming the site",
     "text": "trace again with Capture(text=True)",
     "images": "trace again with Capture(image=True)",
@@ -31,8 +32,8 @@ REMEDY = {
 def require(run: Run, needs: Mapping[str, Any], *, asker: str = "this analysis") -> None:
     """Raise InterpError for the first thing in `needs` that the run does not hold.
 
-    Keys are nodes of the run: `trajectory`, `attention` (and `self_attention`, `text_attention`), `sites`,
-    `text`, `images`, `x0`, `scores`, or `samples` for the columns of the prompt table. Values are True, or the
+    Keys are nodes of the run: `trajectory`, `attention` (and `self_attention`, `text_attention`, `within_text_attention`),
+    `sites`, `text`, `images`, `x0`, `scores`, or `samples` for the columns of the prompt table. Values are True, or the
     names wanted in that node: variables, grids (`"32x32"`), sites, encoders, metrics, columns.
 
     >>> from interp.stores import synthetic_run

@@ -1,7 +1,7 @@
 """Describe the groups of a run, one function for each kind: they alone know dims and dtypes, from the table."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -96,8 +96,7 @@ def attention_group(
     sigma: Sequence[float] | np.ndarray | None = None,
     tokens: TokenTable | None = None,
     dtype: str = "float16",
-    self_attention: bool = False,
-    text_attention: bool = False,
+    part: Literal["cross", "self", "text", "within_text"] = "cross",
     cells: tuple[slice, slice] | None = None,
     mantissa: int | None = None,
     attrs: Mapping[str, Any] | None = None,
@@ -105,13 +104,13 @@ def attention_group(
     """Describe one grid (height, width): `probs` (sample, step, branch, layer, head, token, query_y,
     query_x).
 
-    `self_attention=True` gives `probs` (…, query_y, query_x, key_y, key_x) and needs no tokens;
-    `text_attention=True` (…, token, key_y, key_x), the text's view of a joint attention. `cells`: only these
+    `part="self"` gives `probs` (…, query_y, query_x, key_y, key_x) and needs no tokens; `"text"` (…, token, key_y, key_x),
+    the text's view of a joint attention; `"within_text"` (…, query_token, token). `cells`: only these
     rows and columns of the queries are kept, and numbered in the coordinates `query_y` and `query_x`. `mantissa`:
     probabilities are rounded to so many bits (7: by at most 0.4 %), which compresses better.
     """
-    top = "self_attention" if self_attention else "text_attention" if text_attention else "attention"
-    if tokens is None and not self_attention:
+    top = {"cross": "attention"}.get(part, f"{part}_attention")
+    if tokens is None and part != "self":
         raise StoreError("a text attention group needs a token table; pass tokens=TokenTable(...)")
     sizes = {
         "sample": n,
@@ -121,14 +120,14 @@ def attention_group(
         "head": len(heads),
     }
     sizes |= {"query_y": grid[0], "query_x": grid[1], "key_y": grid[0], "key_x": grid[1]}
-    sizes |= {"token": tokens.width if tokens else 0}
+    sizes |= dict.fromkeys(("token", "query_token"), tokens.width if tokens else 0)
     coords: dict[str, Any] = {"step": steps, "timestep": timestep, "sigma": sigma}
     coords |= {"branch": branches, "layer": layers, "head": heads}
     if cells is not None:
         coords |= {"query_y": np.arange(grid[0])[cells[0]], "query_x": np.arange(grid[1])[cells[1]]}
         sizes |= {name: len(coords[name]) for name in ("query_y", "query_x")}
     attrs = {"kind": kind, "normalised_over": "all keys"} | dict(attrs or {})
-    keep = None if self_attention else tokens
+    keep = None if part == "self" else tokens
     group = _build(f"{top}/{grid[0]}x{grid[1]}", sizes, {"probs": dtype}, coords, attrs, keep)
     if mantissa is not None:
         group.arrays["probs"].attrs[ATTRIBUTE] = check_bits(mantissa, dtype)

@@ -155,6 +155,7 @@ def _trajectory() -> tuple[Variable, ...]:
 
 def _attention() -> tuple[Variable, ...]:
     cross, own, back = "attention/<h>x<w>", "self_attention/<h>x<w>", "text_attention/<h>x<w>"
+    within = "within_text_attention/<h>x<w>"
     key = ("key_y", "key_x")
     captured = "the captured sampling steps"
     return (
@@ -169,6 +170,10 @@ def _attention() -> tuple[Variable, ...]:
                  "attention from tokens to image positions, in joint attention",
                  "1", False, True, "unused token"),
         *_steps(back, first=captured), *_layers(back), *_tokens(back),
+        Variable(within, "probs", (*_PER_HEAD, "query_token", "token"), _HALF, "shard",
+                 "attention from tokens (`query_token`, the same columns) to tokens, in joint attention and within the text",
+                 "1", False, True),
+        *_steps(within, first=captured), *_layers(within), *_tokens(within),
     )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ Arguments = Mapping[str, Any]
 class AttentionSite:
     """One attention module: its name without quantity, e.g. `unet.mid_block.attentions.0.transformer_blocks.0.attn2`.
 
-    kind: `cross` (image → text), `self` (image → image), `joint` (one softmax over text and image) or `text` (text → text,
-    which no part of a run's attention is); grid: (height, width) of the image positions.
+    kind: `cross` (image → text), `self` (image → image), `joint` (one softmax over text and image) or `text` (text → text);
+    grid: (height, width) of the image positions.
     """
 
     name: str
@@ -36,16 +36,21 @@ class Spans:
     text_keys: slice | None = None
 
     def part(self, part: str) -> tuple[slice, slice]:
-        """Return the queries and keys of `cross` (image → text), `self` (image → image) or `text` (text → image)."""
-        queries = self.text_queries if part == "text" else self.image_queries
-        keys = self.text_keys if part == "cross" else self.image_keys
+        """Return the queries and keys of a part: image → text, image → image, text → image, or text → text."""
+        queries = self.text_queries if part in ("text", "within_text") else self.image_queries
+        keys = self.text_keys if part in ("cross", "within_text") else self.image_keys
         if queries is None or keys is None:
             raise InterpError(f"this attention has no part {part!r}: it holds {self}")
         return queries, keys
 
 
-PARTS = {"cross": ("cross",), "self": ("self",), "joint": ("cross", "self", "text"), "text": ()}
-"""Kind of a site → the parts of its probabilities that a run can keep, the first one being what a glob means."""
+PARTS = {
+    "cross": ("cross",), "self": ("self",), "joint": ("cross", "self", "text", "within_text"), "text": ("within_text",),
+}  # fmt: skip
+"""Kind of a site → the parts of its probabilities, the first one being what a glob means.
+
+`cross` is image → text, `self` image → image, `text` text → image, `within_text` text → text.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Pipelines around a transformer that no other family describes: what can be recorded without knowing them."""
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, ClassVar
 
 import torch
@@ -52,7 +54,7 @@ class UnknownTransformerFamily(Family):
     def without_probabilities(self) -> dict[str, str]:
         """Everything that looks like attention, and the transformer itself."""
         why = f"{self._described}, so where text and image lie in its attention is unknown"
-        looks = [name for name, m in self.denoiser.named_modules() if name and "attention" in type(m).__name__.lower()]
+        looks = [n for n, m in self.denoiser.named_modules() if n and re.search("(?i)attention|attn", type(m).__name__)]
         return dict.fromkeys(["transformer", *(f"transformer.{name}" for name in looks)], why)
 
     def text_length(self, arguments: Arguments | None = None) -> int:
@@ -186,10 +188,28 @@ class UnknownTransformerFamily(Family):
     def timestep(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The scheduler's own."""
 
+    def output_rows(self, out: Any) -> torch.Tensor:
+        """A tensor, or the first of what is given."""
+        if isinstance(out, torch.Tensor):
+            return out
+        return next(iter(out.values())) if isinstance(out, Mapping) else out[0]
+
+    def with_rows(self, out: Any, rows: torch.Tensor, kwargs: Mapping[str, Any]) -> Any:
+        """In the form that it has; of a call that was not run, in the one that the transformer's signature tells."""
+        bare = out is None and "return_dict" not in inspect.signature(type(self.denoiser).forward).parameters
+        if bare or isinstance(out, torch.Tensor):
+            return rows
+        if isinstance(out, list):
+            return [rows, *out[1:]]
+        if isinstance(out, Mapping):
+            changed = copy(out)
+            changed[next(iter(out))] = rows
+            return changed
+        return super().with_rows(out, rows, kwargs)
+
     def prediction(self, out: Any, arguments: Arguments) -> torch.Tensor:
         """As the transformer gives it."""
-        first = out if isinstance(out, torch.Tensor) else out[0]
-        return self.unpack(first, arguments)
+        return self.unpack(self.output_rows(out), arguments)
 
     def name_branches(self, outputs: Mapping[str, torch.Tensor], model_output: torch.Tensor) -> dict[str, str]:
         """Find the names of numbered branches from what the scheduler got of them."""

@@ -131,6 +131,8 @@ class ZImageFamily(Family):
 
     def spans(self, site: AttentionSite, queries: int, keys: int, kwargs: Mapping[str, Any]) -> Spans:
         """The image first, then the text; what pads the image to a multiple belongs to neither."""
+        if site.kind == "text":
+            return super().spans(site, queries, keys, kwargs)
         _, _, height, width = kwargs["x"][0].shape
         length = (height // 2) * (width // 2)
         image = slice(0, length)

@@ -79,7 +79,7 @@ class AttentionChange(_Where):
         """
         part, every = self.changed_part, attention_sites(family)
         if part is None:
-            among = every if self.layers else [s for s in every if PARTS[s.kind]]  # unasked, none within the text
+            among = every if self.layers else [s for s in every if s.kind != "text"]  # unasked, none within the text
             sites = chosen_layers(self, self.layers or ("*",), among)
         else:
             among = [s for s in every if part in PARTS[s.kind]]

@@ -200,7 +200,10 @@ def _batches(conditions: Sequence[str], size: int, first: int) -> list[int]:
 def _width(tree: Any) -> int:
     """Return how many token columns the run's attention has; 0 if it keeps none."""
     for node in tree.subtree:
-        if node.path.split("/")[1] in ("attention", "text_attention") and "token_id" in node.coords:
+        if (
+            node.path.split("/")[1] in ("attention", "text_attention", "within_text_attention")
+            and "token_id" in node.coords
+        ):
             return int(node.sizes["token"])
     return 0
 

@@ -20,6 +20,7 @@ EVERYTHING = Capture(
     attention="all", heads="all", tokens="all", branches=("cond", "uncond"), text=True, image=False, dtype="float32"
 )
 BARE = Capture(attention=None, image=False)
+ATTENTION_NODES = ("attention", "self_attention", "text_attention", "within_text_attention")
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def alike(one: Run, other: Run, tolerance: float) -> None:
     """Compare two runs array by array, as `close` does: latents, predictions, and every grid's attention; gaps are equal."""
     for name in ("latents", "noise_pred", "final_latents"):
         _same(getattr(one, name).values, getattr(other, name).values, tolerance, name)
-    for group in ("attention", "self_attention", "text_attention"):
+    for group in ATTENTION_NODES:
         for grid in one.tree[group].children if group in one.tree.children else ():
             a, b = (run.tree[f"{group}/{grid}"].to_dataset() for run in (one, other))
             _same(a["probs"].values, b["probs"].values, tolerance, f"{group} {grid}")

@@ -24,9 +24,12 @@ def check_costs(case: FamilyCase) -> None:
         return
     known = case.everything.changed(image=True)
     if known.attention:
-        last = [s.name for s in case.family.attention_sites() if s.kind in ("cross", "joint")][-1]
+        first, *_, last = [s.name for s in case.family.attention_sites() if s.kind in ("cross", "joint")]
         known = known.changed(
-            sites=(*(f"{last}:{q}" for q in "qkv"), f"{last.rpartition('.')[0]}:update", f"{last}:out"),
+            sites=(
+                *(f"{one}:{q}" for one in (first, last) for q in "qkv"), f"{first}:in", f"{last.rpartition('.')[0]}:update",
+                f"{last}:out",
+            ),
             reduce={"entropy": (last, "entropy")},
         )  # fmt: skip
     options = case.settings()

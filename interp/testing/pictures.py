@@ -62,11 +62,14 @@ def filled(case: FamilyCase, run: Run, guided: bool) -> None:
     groups = {"attention"} if kinds & {"cross", "joint"} else set()
     groups |= {"self_attention"} if kinds & {"self", "joint"} else set()
     groups |= {"text_attention"} if "joint" in kinds else set()
+    groups |= {"within_text_attention"} if kinds & {"joint", "text"} else set()
     assert groups <= set(run.tree.children), f"of {sorted(groups)} only {sorted(run.tree.children)} were recorded"
     for group in groups:
         for name, node in run.tree[group].children.items():
             probs = node.to_dataset()["probs"]
             used = probs if group == "self_attention" else probs.where(node["token_role"] != "", 0)
+            if group == "within_text_attention":
+                used = used.where(node["token_role"].rename(token="query_token") != "", 0)
             assert np.isfinite(used.sel(branch="cond").values).all(), f"{group}/{name} has gaps"
             missing = np.isnan(probs.sel(branch="uncond").values).all()
             assert missing != guided, f"{group}/{name}: the branch without text is {'missing' if missing else 'there'}"

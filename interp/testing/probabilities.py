@@ -22,15 +22,10 @@ def check_probabilities(case: FamilyCase, reference: Callable[..., Any] | None =
     if not case.family.attention_sites():
         return
     run = case.recorded(case.modes[0]).run
-    expected, sums, within = _expected(case, reference or black_box_attention)
+    expected, sums = _expected(case, reference or black_box_attention)
     assert sums and np.max(sums) <= case.tolerance, f"rows sum to 1 ± {np.max(sums):.2g}"
     compared = set()
     for (name, step, branch), (site, parts, spans) in expected.items():
-        if site.kind == "text":
-            if step == 0:
-                _compare(case, within[name, branch], parts["own", "own"], "within", f"{name}, {branch}")
-                compared.add((name, "within"))
-            continue
         for part, queries, keys in _pairs(site, parts):
             want = parts[queries, keys]
             if site.kind == "joint":
@@ -41,21 +36,26 @@ def check_probabilities(case: FamilyCase, reference: Callable[..., Any] | None =
             got = torch.from_numpy(stored.isel(step=0 if step == 0 else -1).sel(branch=branch).values)
             _compare(case, got, want, part, f"{name}, step {step}, {branch}, {part}")
             compared.add((name, part))
-    # a last block that drops its text gives no text → image output to read off
-    missing = {(s.name, p) for s in case.family.attention_sites() for p in PARTS[s.kind] or ("within",)} - compared
-    assert all(part == "text" for _, part in missing), f"not compared: {sorted(missing)}"
+    # a last block that drops its text gives no output of the text to read off
+    missing = {(s.name, p) for s in case.family.attention_sites() for p in PARTS[s.kind]} - compared
+    assert all("text" in part for _, part in missing), f"not compared: {sorted(missing)}"
 
 
-_NODES = {"cross": "attention", "self": "self_attention", "text": "text_attention"}
+_NODES = {
+    "cross": "attention", "self": "self_attention", "text": "text_attention", "within_text": "within_text_attention",
+}  # fmt: skip
 
 
 def _pairs(site: AttentionSite, parts: Parts) -> list[tuple[str, str, str]]:
     """Part, and which streams of the black box hold its queries and keys."""
-    if site.kind != "joint":
-        return [(site.kind, "own", "own")]
-    if ("own", "added") not in parts:
-        return [(part, "own", "own") for part in ("cross", "self", "text")]
-    pairs = [("cross", "own", "added"), ("self", "own", "own"), ("text", "added", "own")]
+    if site.kind != "joint" or ("own", "added") not in parts:
+        return [(part, "own", "own") for part in PARTS[site.kind]]
+    pairs = [
+        ("cross", "own", "added"),
+        ("self", "own", "own"),
+        ("text", "added", "own"),
+        ("within_text", "added", "added"),
+    ]
     return [p for p in pairs if p[1:] in parts]
 
 
@@ -77,13 +77,12 @@ def _compare(case: FamilyCase, got: torch.Tensor, want: torch.Tensor, part: str,
         got = got.flatten(-2)
     elif part == "self":
         got = got.flatten(-2).flatten(-3, -2)
-    tokens = {"cross": -1, "text": -2}.get(part)
-    if tokens is not None:  # columns beyond a sample's own tokens are NaN, and masked in the kernel
-        length = want.shape[tokens]
-        got = got.narrow(tokens, 0, min(length, got.shape[tokens]))
-        want = want.narrow(tokens, 0, got.shape[tokens])
-        unused = torch.isnan(got)
-        want = torch.where(unused, want.new_full((), float("nan")), want)
+    # columns beyond a sample's own tokens are NaN, and masked in the kernel
+    for tokens in {"cross": [-1], "text": [-2], "within_text": [-1, -2]}.get(part, []):
+        length = min(want.shape[tokens], got.shape[tokens])
+        got, want = got.narrow(tokens, 0, length), want.narrow(tokens, 0, length)
+    if part != "self" and got.shape == want.shape:
+        want = torch.where(torch.isnan(got), want.new_full((), float("nan")), want)
     assert got.shape == want.shape, f"{where}: shape {tuple(got.shape)} instead of {tuple(want.shape)}"
     assert torch.equal(got.isnan(), want.isnan()), f"{where}: gaps"
     off = float((got - want).nan_to_num().abs().max())
@@ -92,26 +91,18 @@ def _compare(case: FamilyCase, got: torch.Tensor, want: torch.Tensor, part: str,
     assert float(want.nan_to_num().max()) > 3 * flat, f"{where}: too flat for a check; scale the queries up"
 
 
-def _expected(
-    case: FamilyCase, reference: Callable[..., Any]
-) -> tuple[dict[tuple[str, int, str], Any], list[float], dict[tuple[str, str], torch.Tensor]]:
+def _expected(case: FamilyCase, reference: Callable[..., Any]) -> tuple[dict[tuple[str, int, str], Any], list[float]]:
     """(site, step, branch) → site, black-box parts of the branch's rows, and spans; of the first and last step.
 
-    Beside it, how far the rows of each kernel call of the first step are from summing to 1; and (site, branch) → the
-    probabilities from text to text, which a run does not keep, as a reader got them then.
+    Beside it, how far the rows of each kernel call of the first step are from summing to 1.
     """
     family, calls = case.family, []
     order: list[tuple[int, tuple[str, ...]]] = []
     inside: list[int] = []
     sums: list[float] = []
 
-    texts = {f"{s.name}:probs": s.name for s in family.attention_sites() if s.kind == "text"}
-    within: dict[tuple[str, str], torch.Tensor] = {}
-
     def total(probs: torch.Tensor, at: At) -> None:
         sums.append(float((probs.sum(-1) - 1).abs().max()))
-        if at.site in texts:
-            within[texts[at.site], at.branch] = probs.clone()
 
     def keep(site: AttentionSite) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -149,7 +140,7 @@ def _expected(
             for i, branch in enumerate(branches):
                 rows = {pair: t.chunk(len(branches))[i] for pair, t in parts.items()}
                 found[site.name, step, branch] = (site, rows, spans)
-    return found, sums, within
+    return found, sums
 
 
 def _streams(parts: Parts, dim: int) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from interp.errors import InterpError
 from interp.recording import record
 from interp.stores import Run
-from interp.testing.case import BARE, FamilyCase, alike
+from interp.testing.case import ATTENTION_NODES, BARE, FamilyCase, alike
 from interp.testing.leftovers import untouched
 from interp.testing.pictures import filled
 from interp.testing.putting import (
@@ -121,7 +121,7 @@ def check_adapter(case: FamilyCase) -> str:
         both = recording.run
         last = both.tree.isel(sample=slice(len(case.prompts), None))
         assert torch.equal(torch.from_numpy(last["trajectory/noise_pred"].values).nan_to_num(), _noise(later))
-        for group in {"attention", "self_attention", "text_attention"} & {*last.children}:
+        for group in {*ATTENTION_NODES} & {*last.children}:
             for grid, node in last[group].children.items():
                 seen, own = (x["probs"].values for x in (node, later.tree[f"{group}/{grid}"]))
                 assert (torch.from_numpy(seen) - torch.from_numpy(own)).nan_to_num().abs().max() <= case.tolerance

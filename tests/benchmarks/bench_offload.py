@@ -10,6 +10,7 @@ peaks. On a machine without a GPU it runs the offloads that need none, on tiny m
 import argparse
 import gc
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -51,16 +52,22 @@ def main() -> None:
     prompts = ["a red circle on a blue background"] * options.batch
     for model, make, _, settings in models(cuda):
         for name, put in offloads("cuda" if cuda else "cpu").items():
-            pipe = make().to("cpu")
+            pipe = deepcopy(make().to("cpu"))
             denoiser = getattr(pipe, "unet", None) or pipe.transformer
             put(pipe, denoiser)
             plan = interp.plan(pipe, prompts, steps=options.steps, batch_size=options.batch, **settings)
-            before = [unwatched(pipe, plan) for _ in range(2)]  # a stream learns the order of the layers in the first call
+            before = [
+                unwatched(pipe, plan) for _ in range(2)
+            ]  # a stream learns the order of the layers in the first call
             with interp.record(pipe) as recording:
                 during = unwatched(pipe, plan)
             after, run = unwatched(pipe, plan), recording.run
             same = torch.equal(before[1], during) and torch.equal(during, after)
-            same = same and bool((run.final_latents.values == during.float().cpu().numpy()).all()) if during.ndim == 4 else same
+            same = (
+                same and bool((run.final_latents.values == during.float().cpu().numpy()).all())
+                if during.ndim == 4
+                else same
+            )
             line = f"{model:<11} {name:<28} bit-equal {same}  predicted {plan.memory / GIB:6.3f} GiB"
             if cuda:
                 peak = measured(lambda pipe=pipe, plan=plan: traced(pipe, plan))

@@ -28,7 +28,7 @@ def row(name: str) -> tuple[str, ...]:
     given = {"height": 32, "width": 48, **settings.get("options", {})}
     arguments = family.arguments({**given, **{k: v[0] for k, v in settings.get("for_each", {}).items()}})
     kinds = [s.kind for s in family.attention_sites()]
-    attention = ", ".join(f"{k} {kinds.count(k)}" for k in ("cross", "joint", "self") if k in kinds) or "none"
+    attention = ", ".join(f"{k} {kinds.count(k)}" for k in ("cross", "joint", "self", "text") if k in kinds) or "none"
     branches, packing = guidance(family, settings), latents(family, arguments)
     return model(name), f"`{type(pipe).__name__}`", family.name, attention, text(family), branches, packing
 

@@ -31,7 +31,7 @@ def traced(pipe, capture=CAPTURE, steps=3, **options):
 
 
 def alike(run, other, tolerance=1e-5):
-    for part in ("attention", "self_attention", "text_attention"):
+    for part in ("attention", "self_attention", "text_attention", "within_text_attention"):
         for name, node in run.tree[part].children.items() if part in run.tree.children else ():
             assert np.allclose(node["probs"].values, other.tree[part][name]["probs"].values, atol=tolerance), part
     assert np.allclose(run.final_latents.values, other.final_latents.values, atol=1e-4)

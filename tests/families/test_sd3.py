@@ -61,7 +61,7 @@ def test_a_dropped_branch_is_not_brought_back_by_skip_layer_guidance():
 
 
 def test_parts_of_a_joint_attention_add_up():
-    """Image → text and image → image are parts of one softmax over all keys, before any selection."""
+    """The image's queries, and the text's, have one softmax over all keys, before any selection."""
     run = traced(tiny("sd35"), interp.Capture(attention="all", **FULL))
     text, image = run.attention("8x12"), run.tree["self_attention/8x12"]["probs"]
     layers = list(text.layer.values)
@@ -74,7 +74,15 @@ def test_parts_of_a_joint_attention_add_up():
     assert run.tree["attention/8x12"].attrs["kind"] == "joint"
     back = run.tree["text_attention/8x12"]["probs"]
     assert back.dims[-3:] == ("token", "key_y", "key_x")
-    assert float(back.sum(("key_y", "key_x")).min()) > 0 and float(back.sum(("key_y", "key_x")).mean()) < 0.9
+    own = run.tree["within_text_attention/8x12"]["probs"]
+    assert own.dims[-2:] == ("query_token", "token") and list(own.layer.values) == layers
+    assert np.allclose(back.sum(("key_y", "key_x")).values + own.sum("token").values, 1, atol=1e-5)
+    whole, few = own[1, 0], interp.Capture(attention="within_text", **{**FULL, "tokens": "prompt"})
+    few = traced(tiny("sd35"), few).tree["within_text_attention/8x12"]["probs"][1, 0]
+    pads, used = own.token_role.values[1] == "pad", few.token_role.values == "word"
+    words = own.token_role.values[1] == "word"
+    assert np.allclose(few.values[..., used, :][..., -1], whole.values[..., words, :][..., pads].sum(-1), atol=1e-6)
+    assert np.allclose(few.values[..., -1, used], whole.values[..., pads, :][..., words].sum(-2), atol=1e-6)
 
 
 def test_a_glob_keeps_image_to_text_where_there_is_text():

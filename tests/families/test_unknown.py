@@ -25,6 +25,7 @@ class Mixer(ModelMixin, ConfigMixin):
         self.patch, self.text = torch.nn.Conv2d(4, 16, 2, stride=2), torch.nn.Embedding(128, 16)
         self.block = torch.nn.Linear(16, 16)
         self.unpatch = torch.nn.ConvTranspose2d(16, 4, 2, stride=2)
+        self.form = tuple
 
     def forward(self, hidden_states, timestep, text, return_dict=True):
         x = self.patch(hidden_states)
@@ -32,7 +33,8 @@ class Mixer(ModelMixin, ConfigMixin):
             x.flatten(2).transpose(1, 2) + self.text(text).mean(1, keepdim=True) + timestep.reshape(-1, 1, 1) / 1000
         )
         x = self.block(tokens).tanh().transpose(1, 2).reshape(x.shape)
-        return (self.unpatch(x),)
+        out = self.unpatch(x)
+        return {tuple: (out,), list: [out], dict: {"flow": out, "more": 1}, torch.Tensor: out}[self.form]
 
 
 class MadeUpPipeline(DiffusionPipeline):
@@ -56,7 +58,8 @@ class MadeUpPipeline(DiffusionPipeline):
         x = torch.stack([torch.randn(4, height, width, generator=g) for g in generators])
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.progress_bar(self.scheduler.timesteps):
-            out = self.transformer(torch.cat([x, x]) if guided else x, t.expand(len(codes)), text=codes)[0]
+            out = self.transformer(torch.cat([x, x]) if guided else x, t.expand(len(codes)), text=codes)
+            out = out["flow"] if isinstance(out, dict) else out if isinstance(out, torch.Tensor) else out[0]
             if guided:
                 cond, uncond = out.chunk(2)
                 out = uncond + guidance_scale * (cond - uncond)
@@ -154,6 +157,27 @@ def test_latents_predictions_and_sites(name, scale, request):
     assert np.array_equal(value.isel(step=0).sel(branch="cond").values.reshape(first.shape), first)
 
 
+@pytest.mark.parametrize("form", [torch.Tensor, list, dict])
+def test_a_transformer_may_return_what_it_likes(made_up, form):
+    want = call(made_up)
+    made_up.transformer.form = form
+    try:
+        with interp.record(made_up, capture=interp.Capture(attention=None, sites=["transformer.block"])) as recording:
+            got = call(made_up)
+        run = recording.run
+        assert torch.equal(got, want) and np.array_equal(run.final_latents.values, want.numpy())
+        assert np.isfinite(run.noise_pred.values).all() and run.site("transformer.block").sizes["position"] == 16 * 24
+        with interp.HookRegistry(made_up) as hooks:
+            hooks.write("transformer:out", lambda x, at: x * 0)
+            if form is list:
+                with pytest.raises(interp.InterpError, match="a list passes at 'transformer:out', and no tensor"):
+                    call(made_up)
+            else:
+                assert not torch.equal(call(made_up), want)
+    finally:
+        made_up.transformer.form = tuple
+
+
 def test_a_traced_picture_and_the_sentence(made_up):
     with pytest.warns(UserWarning, match="no model family describes a MadeUpPipeline.*attention is unknown") as told:
         run = interp.trace(made_up, [A, B], steps=2, height=16, width=24, progress=False)
@@ -169,13 +193,14 @@ def test_a_traced_picture_and_the_sentence(made_up):
     assert "attention" not in run.tree.children and np.isfinite(run.noise_pred.values).all()
 
 
-@pytest.mark.parametrize("attention", ["cross", "self", "all", "*block*"])
+@pytest.mark.parametrize("attention", ["cross", "within_text", "all", "*block*", "*no such name*"])
 def test_attention_is_refused(cogview, attention):
     capture = interp.Capture(attention=attention)
     with pytest.raises(interp.InterpError, match=r"CogView4Pipeline, so where text and image lie.*attention=None"):
         interp.plan(cogview, A, capture=capture, height=32, width=48)
-    with pytest.raises(interp.InterpError, match="where text and image lie"):
-        interp.HookRegistry(cogview).read("*attn*:probs", print)
+    for site in ("*attn*:probs", "transformer.whatever:q"):
+        with pytest.raises(interp.InterpError, match="where text and image lie"):
+            interp.HookRegistry(cogview).read(site, print)
 
 
 def test_text_is_refused_and_guidance_is_not(cogview):

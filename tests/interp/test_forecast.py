@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers.hooks import HookRegistry
 
 import interp
 from interp.forecast import Counted, weights
+from tests.families import pipelines
 from tests.families.pipelines import tiny
 
 SHORT = {"max_sequence_length": 24}
@@ -54,3 +57,50 @@ def test_memory_grows_with_the_batch_and_is_told():
     plans = [interp.plan(tiny("sd1"), ["a cat"] * 4, steps=2, batch_size=n, capture=EVERYTHING) for n in (1, 4)]
     assert plans[1].memory - weights(tiny("sd1")) > 3 * (plans[0].memory - weights(tiny("sd1")))
     assert "of device memory at the peak" in str(plans[0])
+
+
+def offloaded(way, folder):
+    """A FLUX whose transformer's weights come for its calls, and a list that a call fills: how many bytes are there."""
+    pipe, there = pipelines.flux(), []
+    cpu, model = torch.device("cpu"), pipe.transformer
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())  # noqa: E731
+    if way == "modules":
+        cpu_offload(model, execution_device=cpu)
+        for module in [m for m in model.modules() if hasattr(m, "_old_forward")]:
+
+            def run(*args, own=module._old_forward, **kwargs):
+                there.append(size(p for p in model.parameters() if p.device != torch.device("meta")))
+                return own(*args, **kwargs)
+
+            module._old_forward = run
+        return pipe, there
+    model.enable_group_offload(cpu, cpu, way, num_blocks_per_group=2, offload_to_disk_path=str(folder))
+    groups = {id(g): g for m in model.modules() for h in getattr(m, "_diffusers_hook", HookRegistry(m)).hooks.values()
+              if (g := getattr(h, "group", None)) is not None}  # fmt: skip
+    here = set()
+    for group in groups.values():
+
+        def come(group=group, own=group.onload_):
+            here.update(group.tensor_to_key)
+            there.append(size(here))
+            own()
+
+        def go(group=group, own=group.offload_):
+            here.difference_update(group.tensor_to_key)
+            own()
+
+        group.onload_, group.offload_ = come, go
+    return pipe, there
+
+
+@pytest.mark.parametrize("way", ["modules", "leaf_level", "block_level"])
+def test_weights_that_come_for_a_call(way, tmp_path):
+    """Of offloaded weights those count that are there at once, as accelerate and diffusers bring them in a real call."""
+    pipe, there = offloaded(way, tmp_path)
+    whole = weights(pipelines.flux()) - sum(p.nbytes for p in pipelines.flux().transformer.parameters())
+    settings = {"steps": 2, "height": 32, "width": 48, "options": SHORT, "capture": NOTHING}
+    plan = interp.plan(pipe, "a cat", **settings)
+    assert not there and plan.memory < interp.plan(pipelines.flux(), "a cat", **settings).memory
+    interp.trace(pipe, "a cat", progress=False, **settings)
+    assert weights(pipe) == pytest.approx(whole, rel=0.01)
+    assert weights(pipe, [pipe.transformer]) - weights(pipe) == max(there)

@@ -28,6 +28,7 @@ def test_every_variable_is_on_the_page():
         ("attention/32x32/probs", 8),
         ("self_attention/8x16/probs", 9),
         ("text_attention/8x8/probs", 8),
+        ("within_text_attention/8x8/probs", 7),
         ("trajectory/latents", 5),
         ("status", 1),
         ("sites/unet.mid_block:out/value", 4),
