@@ -96,7 +96,7 @@ def peak_memory(family: Family, plan: "Plan", recorded: bool = True) -> int:
     held = partial(weights, family.pipe)
     encoding = [held([encoder]) + working for encoder, working in _encoding(family, plan)]
     denoising = held(family.denoisers.values()) + _denoising(family, plan, recorded)
-    vae = getattr(family.pipe, "vae", None)
+    vae: Any = getattr(family.pipe, "vae", None)
     decoding = held([vae]) + _decoding(family, plan, vae) if plan.capture.image and hasattr(vae, "decode") else 0
     return max(*encoding, denoising, decoding)
 

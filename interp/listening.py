@@ -1,6 +1,6 @@
 """Who reads or writes which site, and how a branch's rows reach them."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,7 +101,8 @@ def _split(site: str, tensor: torch.Tensor, call: DenoiserCall) -> dict[str, tor
     return call.split(tensor)
 
 
-Change = Callable[[torch.Tensor], torch.Tensor | None]
+Change = Callable[[Any], torch.Tensor | None]
+"""What is shown a module's tensor; anything else it refuses."""
 
 
 def changed_input(args: tuple, kwargs: dict, change: Change) -> tuple[tuple, dict] | None:
@@ -119,7 +120,7 @@ def changed_output(out: Any, index: int, change: Change) -> Any:
     if isinstance(out, tuple) and len(out) > index:
         changed = change(out[index])
         return None if changed is None else (*out[:index], changed, *out[index + 1 :])
-    if not isinstance(out, Mapping) or not out:
+    if not isinstance(out, MutableMapping) or not out:
         return change(out)
     key = next(iter(out))  # diffusers' and transformers' outputs are ordered mappings, main tensor first
     changed = change(out[key])

@@ -1,7 +1,7 @@
 """Describe the groups of a run, one function for each kind: they alone know dims and dtypes, from the table."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -96,13 +96,13 @@ def attention_group(
     sigma: Sequence[float] | np.ndarray | None = None,
     tokens: TokenTable | None = None,
     dtype: str = "float16",
-    part: Literal["cross", "self", "text", "within_text"] = "cross",
+    part: str = "cross",
     cells: tuple[slice, slice] | None = None,
     mantissa: int | None = None,
     attrs: Mapping[str, Any] | None = None,
 ) -> Group:
     """Describe one grid (height, width): `probs` (sample, step, branch, layer, head, token, query_y,
-    query_x).
+    query_x) of `part="cross"`.
 
     `part="self"` gives `probs` (…, query_y, query_x, key_y, key_x) and needs no tokens; `"text"` (…, token, key_y, key_x),
     the text's view of a joint attention; `"within_text"` (…, query_token, token). `cells`: only these

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from copy import copy
 from typing import Any, ClassVar
 
@@ -201,7 +201,7 @@ class UnknownTransformerFamily(Family):
             return rows
         if isinstance(out, list):
             return [rows, *out[1:]]
-        if isinstance(out, Mapping):
+        if isinstance(out, MutableMapping):
             changed = copy(out)
             changed[next(iter(out))] = rows
             return changed
