@@ -328,17 +328,24 @@ def test_guidance_off_has_one_branch():
 
 def test_compiled_denoisers_are_not_silently_empty():
     """Hooks that are added after compilation are easily ignored: here every layer is there, and it is the right one."""
-    pipe = sd1()
-    arguments = {"steps": 1, "guidance_scale": 1.0, "progress": False, "capture": interp.Capture(image=False)}
+    pipe, options = tiny.__wrapped__("sd3"), {"max_sequence_length": 24}
+    arguments = {
+        "steps": 1,
+        "guidance_scale": 1.0,
+        "progress": False,
+        "capture": interp.Capture(image=False),
+        "options": options,
+    }
     plain = interp.trace(pipe, A, **arguments)
     torch._dynamo.reset()
-    pipe.unet.compile(backend="eager")
+    pipe.transformer.compile(backend="eager")
     try:
-        pipe(A, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+        pipe(A, num_inference_steps=1, guidance_scale=1.0, output_type="latent", **options)
         with pytest.warns(UserWarning, match="runs eagerly"):
             run = interp.trace(pipe, A, **arguments)
     finally:
         torch._dynamo.reset()
+    assert plain.grids
     for grid in plain.grids:
         assert np.allclose(run.attention(grid).values, plain.attention(grid).values, atol=1e-2, equal_nan=True)
 

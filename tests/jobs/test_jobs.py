@@ -23,6 +23,9 @@ PROMPTS = ["a red circle", "two small stripes", "a cat", "one large ring", "a do
 BASE = {"model": "tiny", "prompts": PROMPTS[:3], "seeds": [0, 1], "steps": 2, "batch_size": 4}
 
 
+pytestmark = pytest.mark.usefixtures("memory_untold")
+
+
 @pytest.fixture
 def pipe(monkeypatch):
     """The tiny pipeline, for every job of the test."""
@@ -158,7 +161,7 @@ def test_any_other_change_is_refused_and_nothing_is_touched(pipe, tmp_path, made
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(memory_untold, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job_tracing, "load", lambda model, **_: tiny("sd1"))
