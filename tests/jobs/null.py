@@ -14,7 +14,7 @@ from interp.errors import InterpError
 from interp.jobs.driver import LIMIT, drive
 from interp.jobs.work import Recipe, Work
 from interp.stores import create_run
-from interp.stores.testing import small_layout, small_values
+from interp.stores.small import small_layout, small_values
 
 
 class NullWork(Work):
@@ -109,6 +109,16 @@ def jumping_clock():
 
 def recipe(store, **options):
     return Recipe("tests.jobs.null:NullWork", {"store": str(store), **options})
+
+
+def forked(words, folder):
+    """Be a driver as if started with these words, in a fork of a process that has imported this module."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores Ctrl-C
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["null", *words]
+    main()
 
 
 def main():

@@ -1,6 +1,7 @@
 """Real processes, killed, starved and interrupted: afterwards a run goes on, and ends equal to an undisturbed one."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -9,28 +10,50 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import psutil
 import pytest
 
+from interp.jobs.workers import _quiet_tracker
 from interp.stores import DONE, open_run, verify
-from interp.stores.testing import small_layout, small_values
+from interp.stores.small import small_layout, small_values
+from tests.jobs import null
 
 ROOT = Path(__file__).parents[2]
 
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.jobs.null"])
+"""Imports once what drivers need: each is a process as real as any, and is there at once."""
+
+
+class Driver:
+    """A driver: a process in a session of its own, as a shell would start it."""
+
+    def __init__(self, *words):
+        _quiet_tracker()
+        self._folder = TemporaryDirectory()
+        self._process = FORKS.Process(target=null.forked, args=(words, self._folder.name))
+        self._process.start()
+        self.pid, self.kill = self._process.pid, self._process.kill
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def poll(self):
+        return self._process.exitcode
+
+    def communicate(self, timeout=60):
+        self._process.join(timeout)
+        assert self.returncode is not None, f"it runs for longer than {timeout} s"
+        return [(Path(self._folder.name) / name).read_text() for name in ("out", "err")]
+
+
 def start(store, *words, **options):
-    command = [sys.executable, "-m", "tests.jobs.null", str(store), json.dumps({"n": 24, **options}), *words]
-    return subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=hear_ctrl_c,
-    )  # fmt: skip
-
-
-def hear_ctrl_c():
-    """Tests that a shell runs in the background ignore Ctrl-C, and so would all that they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return Driver(str(store), json.dumps({"n": 24, **options}), *words)
 
 
 def end(process, seconds=60):
@@ -140,7 +163,7 @@ def test_workers_end_with_their_driver_and_the_next_one_takes_over_at_once(calm,
     driver.communicate()
     code, _, err = end(start(path))
     assert code == 0, err
-    assert not [p for p in orphans if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert psutil.wait_procs(orphans, timeout=5)[1] == []  # one that was still importing ends when it has
     assert files(path) == files(calm)
 
 

@@ -208,7 +208,7 @@ def test_a_growth_cut_short_is_not_seen(tmp_path, monkeypatch):
 WORKER = """
 import sys
 from interp.stores import create_run, to_do
-from interp.stores.testing import small_layout, write_sample
+from interp.stores.small import small_layout, write_sample
 with create_run(sys.argv[1], small_layout(n=40)) as writer:
     print("ready", flush=True)
     for i in to_do(writer.status):
