@@ -93,15 +93,33 @@ def verify(
     ] = False,
 ) -> None:
     """Read every finished sample of a run and check shapes, checksums and finiteness."""
-    from interp.stores import open_run
-    from interp.stores.integrity import check, repair_run
+    from interp.stores import StoreError, open_run
+    from interp.stores.integrity import broken_tables, check, repair_run
 
-    opened = open_run(path)
+    try:
+        opened = open_run(path)
+    except StoreError as error:
+        try:
+            broken = broken_tables(Path(path))
+        except ValueError:  # there is no run
+            raise error from None
+        if not broken:
+            raise
+        print("\n".join([*broken, f"{_counted(len(broken), 'problem')} found, without which the run cannot be opened"]))
+        raise typer.Exit(1) from None
     problems = check(opened, progress=True)
     for problem in problems:
         print(problem)
-    print(f"{len(problems)} problem{'' if len(problems) == 1 else 's'} found")
+    print(f"{_counted(len(problems), 'problem')} found")
     if repair and problems:
         again = repair_run(opened, problems)
-        print(f"{len(again)} samples will be done again by the command that made the run: {', '.join(map(str, again))}")
+        own = sum(p.path.endswith("zarr.json") for p in problems)
+        if own:
+            print(f"{_counted(own, 'file')} of metadata written again")
+        numbers = f": {', '.join(map(str, again))}" if again else ""
+        print(f"{_counted(len(again), 'sample')} will be done again by the command that made the run{numbers}")
     raise typer.Exit(1 if problems else 0)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"

@@ -31,7 +31,7 @@ from interp.prompts import PromptTable, prompt_table
 from interp.stores import Layout
 from interp.token_choice import choose_tokens
 from interp.token_columns import TokenSelection, select_tokens
-from interp.token_list import TokenList
+from interp.token_list import TokenList, read_prompts
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def plan(
         check_all(changes, times, table.columns, family.guided(arguments), family)
     if any(named.values()):
         family.check_changes(arguments)
-    read = TokenList(table.columns["prompt"], partial(family.tokenize, arguments=arguments))
+    read = read_prompts(table.columns["prompt"], partial(family.tokenize, arguments=arguments))
     if any(named.values()):
         rows = list(zip(read, table.rows(range(len(table))), strict=True))
         for change in (c for changes in named.values() for c in changes):

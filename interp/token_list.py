@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 import numpy as np
 
+from interp.errors import InterpError
 from interp.tokens import Tokens
 
 Column = Literal["id", "text", "role", "word"]
@@ -66,6 +67,27 @@ class TokenList(Sequence[Tokens]):
     def are(self, role: str, rows: np.ndarray) -> np.ndarray:
         """Tell which of some samples' positions have a role: (row, position), as many positions as the longest text has."""
         return self._packed.are(role, self._number[rows], int(self.lengths.max(initial=0)))
+
+
+def read_prompts(texts: Sequence[str], tokenize: Callable[[str], Tokens]) -> TokenList:
+    """Tokenise the prompts of a table; InterpError that names all rows whose prompts the text encoder does not take."""
+    try:
+        return TokenList(texts, tokenize)
+    except InterpError as error:
+        if len(texts) == 1:
+            raise
+        wrong = [i for i, text in enumerate(texts) if not _is_taken(text, tokenize)]
+        rows = ", ".join(map(str, wrong[1:9])) + (", …" if len(wrong) > 9 else "")
+        more = f" (likewise in {len(wrong) - 1} more: {rows})" if rows else ""
+        raise InterpError(f"row {wrong[0]} of the prompt table: {error}{more}") from None
+
+
+def _is_taken(text: str, tokenize: Callable[[str], Tokens]) -> bool:
+    try:
+        tokenize(text)
+    except InterpError:
+        return False
+    return True
 
 
 class _Packed:

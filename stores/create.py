@@ -13,7 +13,7 @@ from interp.stores.disk import QUEUE_BYTES, DiskWriter
 from interp.stores.errors import StoreError
 from interp.stores.files import plain
 from interp.stores.growth import without_tables
-from interp.stores.identity import identify
+from interp.stores.identity import check_place, identify
 from interp.stores.layout_check import checked
 from interp.stores.lock import RunLock
 from interp.stores.memory import MemoryWriter
@@ -54,6 +54,7 @@ def create_run(
     layout = checked(layout)
     if path is None:
         return MemoryWriter(layout)
+    check_place(path)
     path = Path(path).absolute()
     lock = None if locked or not clean else RunLock(path)
     try:

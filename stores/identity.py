@@ -1,6 +1,7 @@
 """Tell a run from whatever else may lie at a path."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ def identify(path: Path, advice: str) -> dict[str, Any]:
     check_root(path, root, advice)
     check_safe(path, root, path)
     return root
+
+
+def check_place(path: object) -> None:
+    """Raise StoreError unless `path` may be a folder, where alone runs are written."""
+    text = str(path)
+    if re.match(r"[A-Za-z][\w+.-]+:/", text) or text.endswith(".zip"):
+        raise StoreError(
+            f"{text} is no folder, and a run is written to a folder only; copy it to another place when it is done"
+        )
 
 
 def check_root(where: object, root: Any, advice: str) -> None:

@@ -1,6 +1,7 @@
 """`verify`: is everything that a run says is done really there, whole and finite?"""
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,8 @@ from tqdm import tqdm
 from interp.stores.chunks import placement_of
 from interp.stores.codec import ChecksumError, decode
 from interp.stores.errors import StoreError
-from interp.stores.identity import read_root
+from interp.stores.files import write_json
+from interp.stores.identity import identify, read_root
 from interp.stores.lock import RunLock
 from interp.stores.shards import MISSING, read_index
 from interp.stores.skeleton import chunk_file, read_table
@@ -25,6 +27,7 @@ from interp.stores.validation import validate
 if TYPE_CHECKING:
     from interp.stores.reader import Run
 
+ZARR_JSON = "zarr.json"
 Evaluated = Callable[[], xr.DataArray | None]
 DELAY = 1.0
 """Seconds after which a bar appears."""
@@ -69,7 +72,7 @@ def _check(run: "Run", *, progress: bool) -> list[Problem]:
         found, status = _statuses(local, numbers) if local else ([], run.samples["status"].to_numpy())
     except (ValueError, OSError) as error:
         return [Problem(None, "", f"the table of samples cannot be read: {error}")]
-    problems = [*problems, *found]
+    problems = [*(_documents(local, listed) if local else ()), *problems, *found]
     known = {0, DONE, FAILED}
     problems += [Problem(int(n), "status", f"sample {n} has status {s}; known are 0, 1, 2")
                  for n, s in zip(numbers, status, strict=True) if s not in known]  # fmt: skip
@@ -81,7 +84,7 @@ def _check(run: "Run", *, progress: bool) -> list[Problem]:
         evaluated = (lambda: None) if tables else partial(_evaluated, run, at)  # which goes by their labels
         for path, array in arrays.items():
             texts = _files(local / path, path, listed[path], number) if local and path in listed else []
-            texts += _values(path, array, at, number, evaluated)
+            texts = texts or _values(path, array, at, number, evaluated)
             problems += [Problem(number, path, text) for text in texts]
     return problems
 
@@ -89,8 +92,8 @@ def _check(run: "Run", *, progress: bool) -> list[Problem]:
 def repair_run(run: "Run", problems: Iterable[Problem]) -> list[int]:
     """Set the samples that `check` found damaged to be done again; return their numbers.
 
-    Whoever runs the same plan or job again makes them anew. What lies outside the samples (a table, scores) is not
-    touched.
+    Whoever runs the same plan or job again makes them anew. A node's own metadata are written again from the root's. What
+    else lies outside the samples (a table, scores) is not touched.
 
     Raises:
         StoreError: the run is not in a local folder, or another process is writing it.
@@ -101,6 +104,9 @@ def repair_run(run: "Run", problems: Iterable[Problem]) -> list[int]:
         _statuses(run.path, np.empty(0, int), forget=True)
         wanted = {p.sample for p in problems if p.sample is not None and not p.path.startswith(SCORES_NODE + "/")}
         again = sorted(i for i in wanted)
+        listed = read_root(run.path)["consolidated_metadata"]["metadata"]
+        for name in {p.path.removesuffix(f"/{ZARR_JSON}") for p in problems if p.path.endswith(f"/{ZARR_JSON}")}:
+            write_json(run.path / name, listed[name])
         set_status(run.path, dict.fromkeys(again, (TODO, "")))
     return again
 
@@ -142,9 +148,29 @@ def _coords(tree: xr.DataTree) -> Iterator[Problem]:
                 yield Problem(None, path, f"{path} cannot be read: {error}")
 
 
+def _documents(path: Path, listed: dict[str, Any]) -> Iterator[Problem]:
+    """Compare each node's own metadata with what the root's say of it: tools that ignore the root's read them.
+
+    A run that was killed while it grew may have arrays that know of more samples already.
+    """
+    for name, found in listed.items():
+        try:
+            own = json.loads((path / name / ZARR_JSON).read_text())
+            if found["node_type"] == "array" and found["dimension_names"][:1] == ["sample"]:
+                own["shape"][0] = min(own["shape"][0], found["shape"][0])
+        except FileNotFoundError:
+            yield Problem(None, f"{name}/{ZARR_JSON}", f"{name}/{ZARR_JSON} is missing")
+        except (ValueError, OSError, LookupError, TypeError) as error:
+            yield Problem(None, f"{name}/{ZARR_JSON}", f"{name}/{ZARR_JSON} cannot be read: {error}")
+        else:
+            if own != found:
+                text = f"{name}/{ZARR_JSON} says another thing than the run's metadata in its root"
+                yield Problem(None, f"{name}/{ZARR_JSON}", text)
+
+
 def broken_tables(path: Path) -> list[str]:
     """Return what is wrong with the arrays that are known before the samples: coordinates and columns."""
-    listed = read_root(path)["consolidated_metadata"]["metadata"]
+    listed = identify(path, "nothing can be said of it")["consolidated_metadata"]["metadata"]
     return [str(p) for p in _tables(path, listed)]
 
 

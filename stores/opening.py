@@ -45,7 +45,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         if not elsewhere:
             with contextlib.suppress(Exception):  # nor may the search for what is wrong fail
                 found = "; ".join(broken_tables(Path(text))[:3])
-        raise StoreError(f"{text} could not be opened as a run: {found or error}; {advice}") from error
+        raise StoreError(f"{text} could not be opened as a run: {found or f'{error}; {advice}'}") from error
     check_format(text, str(tree.attrs.get("format", "unknown")))
     return Run(tree, text if elsewhere else Path(text))
 

@@ -39,7 +39,7 @@ def matching(table: pd.DataFrame, columns: Mapping[str, Any]) -> np.ndarray:
     for name, value in columns.items():
         if name not in table.columns:
             known = sorted(str(c) for c in table.columns)
-            raise StoreError(f"samples have no column {name!r}{nearest(name, known)}; they have: {', '.join(known)}")
+            raise StoreError(f"samples have no column {name!r}; they have: {', '.join(known)}{nearest(name, known)}")
         many = isinstance(value, Iterable) and not isinstance(value, str)
         wanted = list(value) if many else [value]
         absent = [v for v in wanted if not (table[name] == v).any()]
@@ -47,7 +47,7 @@ def matching(table: pd.DataFrame, columns: Mapping[str, Any]) -> np.ndarray:
             known = [str(v) for v in dict.fromkeys(table[name])]
             more = "" if len(known) <= 8 else f" and {len(known) - 8} more"
             hint = nearest(str(absent[0]), known)
-            raise StoreError(f"no sample has {name} {absent[0]!r}{hint}; there are: {', '.join(known[:8])}{more}")
+            raise StoreError(f"no sample has {name} {absent[0]!r}; there are: {', '.join(known[:8])}{more}{hint}")
         keep &= table[name].isin(wanted).to_numpy()
     return keep
 

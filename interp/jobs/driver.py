@@ -150,6 +150,8 @@ def _drive(engine: Engine, store: Path, *, retry_failed: bool, progress: bool, s
                     failures += lost
                     for failure in lost:
                         say(f"sample {failure.sample} failed: {failure.text}")
+                elif outcome.kind in ("died", "hung"):
+                    say(f"batch {task.batch}: {outcome.text}; what it lacks is tried again")
                 if outcome.kind == "done" and not outcome.notes and task.members == task.samples:
                     timings[task.batch] = outcome.seconds
                 made += len(done)

@@ -87,7 +87,8 @@ def compare(path: Path, asked: Plan) -> Extension:
     if width and asked.selection.width > width:
         used = (np.asarray(asked.selection.table.count) > 0).sum(1)
         longest = str(own["prompt"][int(used.argmax())])
-        raise _refused(path, f"the prompt {longest!r} needs {used.max()} token columns, but the run has {width}")
+        what = f"the prompt {longest!r} needs {used.max()} token columns, but the run has {width}"
+        raise _refused(path, f"{what}; one that captures tokens: all has room")
     return Extension(
         asked, done, failed, len(table) - done - failed, added, prompts,
         {"conditions": dict(there["conditions"]) | wanted["conditions"]}, width,

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from interp.errors import InterpError, nearest, sentence_list
 from interp.jobs.yaml_file import load_yaml
+from interp.stores.identity import check_place
 
 Cell = str | int | float
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -141,6 +142,7 @@ def read_job(path: str | Path, *, store: str | Path | None = None, prompts: str 
         values["prompts"] = str(prompts)
     job = parse_job(values, f"{path}: ")
     folder = path.absolute().parent
+    check_place(job.store if store is None else store)
     found: dict[str, Any] = {"store": str(store) if store is not None else str(_inside(folder, job.store, "store"))}
     if isinstance(job.prompts, str):
         found["prompts"] = _table(_file(folder, job.prompts) if prompts is None else Path(prompts))

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from interp.errors import InterpError
 from interp.token_choice import choose_tokens
 from interp.token_columns import select_tokens
-from interp.token_list import TokenList
+from interp.token_list import TokenList, read_prompts
 from interp.tokens import tokenize
 from tests.families.pipelines import t5_tokenizer, tokenizer
 
@@ -57,6 +58,12 @@ def test_a_text_is_read_once():
     assert sorted(asked) == sorted(set(PROMPTS))
     again = TokenList([*PROMPTS[::-1], "a cat"], read, known)
     assert asked[4:] == ["a cat"] and list(again)[:5] == list(known)[::-1]
+
+
+def test_rows_with_too_long_prompts_are_named_all():
+    texts = ["a cat", "a red circle on a square", "a dog", "a red circle on a dog", "a red circle on a square"]
+    with pytest.raises(InterpError, match=r"^row 1 of the prompt table: .*\(likewise in 2 more: 3, 4\)$"):
+        read_prompts(texts, lambda text: tokenize(t5_tokenizer(), text, 5))
 
 
 @pytest.mark.parametrize("pad", [True, False])

@@ -295,6 +295,7 @@ def test_scores_and_probes_follow(pipe, tmp_path):
         ("model: scenes\nprompts: [a]\nstore: x\ndtype: fp16", "dtype: give 'float16', 'bfloat16' or 'float32'"),
         ("model: scenes\nprompts: [a]\nstore: ../x", "must be a path below the job file's folder"),
         ("model: scenes\nprompts: [a]\nstore: /tmp/x", "give --store on the command line"),
+        ("model: scenes\nprompts: [a]\nstore: s3://bucket/x", "a run is written to a folder only"),
         ("model: scenes\nprompts: [a]\nstore: link/x", "leads out of the job file's folder, by a link"),
         ("model: scenes\nprompts: ../p.csv\nstore: x", "give --prompts on the command line"),
         ("model: scenes\nprompts: p.py\nstore: x", "is no table"),

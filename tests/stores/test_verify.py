@@ -120,6 +120,19 @@ def test_repair_of_the_statuses_themselves(path):
     assert verify(open_run(path)) == []
 
 
+def test_metadata_of_a_node_that_differ_from_the_roots_are_told_and_repaired(path):
+    files = [p for p in path.rglob("zarr.json") if p.parent != path]
+    calm = {p: p.read_bytes() for p in files}
+    for k, file in enumerate(files):
+        changes = (lambda b: b.replace(b"3", b"4", 1), lambda b: b[1:], lambda b: b"[]", None)
+        change = changes[k % 4]
+        file.unlink() if change is None else file.write_bytes(change(calm[file]))
+        problems = check(open_run(path))
+        assert [(p.sample, p.path) for p in problems] == [(None, str(file.relative_to(path)))]
+        assert repair_run(open_run(path), problems) == []
+    assert {p: p.read_bytes() for p in files} == calm
+
+
 def test_repair_needs_the_run_for_itself_and_a_folder(path):
     with RunLock(path), pytest.raises(StoreError, match="is being written by process"):
         repair_run(open_run(path), [])

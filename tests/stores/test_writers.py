@@ -299,3 +299,11 @@ def test_a_mantissa_that_cannot_be_is_refused(bits, dtype):
             1, kind="cross", grid=(8, 8), layers=["a"], heads=["mean"], branches=["cond"], steps=[0], timestep=[0],
             tokens=small_tokens(1), dtype=dtype, mantissa=bits,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/run.zarr", "s3:/bucket/run.zarr", "run.zarr.zip"])
+def test_a_run_is_written_to_a_folder_only(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="is no folder, and a run is written to a folder only"):
+        create_run(place, small_layout())
+    assert not any(tmp_path.iterdir())
