@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about torchvision, which nothing here needs
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # not by importing it, which the process that hands out need not
+
+MEMORY = Path("/dev/shm")
+if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
+    os.environ["TMPDIR"] = str(MEMORY)  # tests make tens of thousands of small files, and a disk takes its time to delete them
 
 LONGEST = (
     "families/test_conformance.py", "docs/test_pages.py", "jobs/test_faults.py", "test_examples.py", "jobs/test_jobs.py",
