@@ -16,7 +16,9 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # not by importing it, wh
 
 MEMORY = Path("/dev/shm")
 if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
-    os.environ["TMPDIR"] = str(MEMORY)  # tests make tens of thousands of small files, and a disk takes its time to delete them
+    os.environ["TMPDIR"] = str(
+        MEMORY
+    )  # tests make tens of thousands of small files, and a disk takes its time to delete them
 
 LONGEST = (
     "families/test_conformance.py", "docs/test_pages.py", "jobs/test_faults.py", "test_examples.py", "jobs/test_jobs.py",

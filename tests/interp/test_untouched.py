@@ -21,6 +21,8 @@ EVERYTHING = interp.Capture(
 )
 PROMPTS = ["a red circle", "a dog on the blue square background"]
 DTYPES = [torch.float32, torch.bfloat16]
+SMALL = {"height": 16, "width": 16}
+"""Kernels of bfloat16 are slow here."""
 
 
 def plain(pipe, prompts=PROMPTS, seeds=(3, 4), steps=3, **more):
@@ -29,7 +31,13 @@ def plain(pipe, prompts=PROMPTS, seeds=(3, 4), steps=3, **more):
     for kind in ("np", "latent"):
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         out[kind] = pipe(
-            prompts, num_inference_steps=steps, guidance_scale=5.0, generator=generators, output_type=kind, **more
+            prompts,
+            num_inference_steps=steps,
+            guidance_scale=5.0,
+            generator=generators,
+            output_type=kind,
+            **SMALL,
+            **more,
         ).images
     return (out["np"] * 255).round().astype("uint8"), out["latent"].float().numpy()
 
@@ -41,7 +49,9 @@ def test_record_is_bit_equal(name, dtype):
         images, latents = plain(pipe)
         generators = [torch.Generator().manual_seed(s) for s in (3, 4)]
         with interp.record(pipe, capture=EVERYTHING) as recording:
-            out = pipe(PROMPTS, num_inference_steps=3, guidance_scale=5.0, generator=generators, output_type="np")
+            out = pipe(
+                PROMPTS, num_inference_steps=3, guidance_scale=5.0, generator=generators, output_type="np", **SMALL
+            )
         run = recording.run
         assert np.array_equal((out.images * 255).round().astype("uint8"), images)
         assert np.array_equal(run.images.values, images)
@@ -54,7 +64,15 @@ def test_trace_is_bit_equal(name, dtype):
     with in_dtype(tiny(name), dtype) as pipe, untouched(pipe):
         references = [plain(pipe, [p, p], steps=2) for p in PROMPTS]
         run = interp.trace(
-            pipe, PROMPTS, seeds=[3, 4], steps=2, guidance_scale=5.0, capture=EVERYTHING, batch_size=2, progress=False
+            pipe,
+            PROMPTS,
+            seeds=[3, 4],
+            steps=2,
+            guidance_scale=5.0,
+            capture=EVERYTHING,
+            batch_size=2,
+            progress=False,
+            **SMALL,
         )
         assert np.array_equal(run.images.values, np.concatenate([i for i, _ in references]))
         assert np.array_equal(run.final_latents.values, np.concatenate([x for _, x in references]))
