@@ -13,6 +13,7 @@ import torch
 
 from interp.capture import Capture
 from interp.families import Family, find_family
+from interp.overriding import own_class
 from interp.recording import record
 from interp.stores import Run
 
@@ -87,6 +88,10 @@ class FamilyCase:
         return EVERYTHING.changed(attention="all" if knows[0] else None, text=knows[1])
 
     # Calls
+
+    def takes(self, argument: str) -> bool:
+        """Whether the pipeline's call has an argument."""
+        return argument in inspect.signature(own_class(self.pipe).__call__).parameters
 
     def settings(self, guided: bool = True) -> dict[str, Any]:
         """Arguments that switch guidance on, with negative prompts, or off."""

@@ -24,10 +24,11 @@ def check_costs(case: FamilyCase) -> None:
         return
     known = case.everything.changed(image=True)
     if known.attention:
-        first, *_, last = [s.name for s in case.family.attention_sites() if s.kind in ("cross", "joint")]
+        names = [s.name for s in case.family.attention_sites() if s.kind in ("cross", "joint")]
+        first, last = names[0], names[-1]
         known = known.changed(
             sites=(
-                *(f"{one}:{q}" for one in (first, last) for q in "qkv"), f"{first}:in", f"{last.rpartition('.')[0]}:update",
+                *(f"{one}:{q}" for one in {first, last} for q in "qkv"), f"{first}:in", f"{last.rpartition('.')[0]}:update",
                 f"{last}:out",
             ),
             reduce={"entropy": (last, "entropy")},

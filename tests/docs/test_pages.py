@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("half_as_wide")
 
 DOCS = Path(__file__).parents[2] / "docs"
 EXPECTED = {
-    "families": ["unet True", "branches: ok\nlayout: ok\nfused projections: the same", "['', 's', 'i', 't']"],
+    "families": ["unet True", "branches: ok\nlayout: ok\nfused projections: the same", "acatthatsits</s>"],
     "attribution": [
         "1 nats (log-odds against the pixel's strongest other word) | 0 | 1 (share of the pixel's attention"
     ],
