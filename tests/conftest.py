@@ -15,16 +15,20 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # notices about torchv
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # not by importing it, which the process that hands out need not
 
 MEMORY = Path("/dev/shm")
+"""Tests make tens of thousands of small files: a disk takes its time to delete them."""
 if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
-    os.environ["TMPDIR"] = str(
-        MEMORY
-    )  # tests make tens of thousands of small files, and a disk takes its time to delete them
+    os.environ["TMPDIR"] = str(MEMORY)
 
 LONGEST = (
-    "families/test_conformance.py", "docs/test_pages.py", "jobs/test_faults.py", "test_examples.py", "jobs/test_jobs.py",
-    "reproduction/test_reproduction.py", "interp/test_check_intervention.py", "stores/test_verify.py", "test_demo.py",
-    "interp/test_untouched.py", "reproduction/test_pages.py", "scenes/test_attribution.py", "jobs/test_cluster.py",
-    "docs/test_readme.py", "docs/test_jobs_page.py", "scenes/test_weights.py", "probes/test_page.py",
+    "families/test_conformance.py", "interp/test_check_intervention.py", "reproduction/test_reproduction.py",
+    "docs/test_pages.py", "jobs/test_faults.py", "jobs/test_jobs.py", "test_examples.py", "probes/test_check_probe.py",
+    "interp/test_interventions.py", "interp/test_forecast.py", "interp/test_policy.py", "test_demo.py",
+    "interp/test_activations.py", "interp/test_attention_changes.py", "scenes/test_weights.py", "interp/test_envoy.py",
+    "scenes/test_attribution.py", "stores/test_reader.py", "jobs/test_cluster.py", "interp/test_policy_formulas.py",
+    "interp/test_untouched.py", "docs/test_readme.py", "interp/test_trace.py", "families/test_text_changes.py",
+    "interp/test_hooks.py", "interp/test_costs.py", "interp/test_probabilities.py", "interp/test_hook_probs.py",
+    "reproduction/test_pages.py", "interp/test_sites.py", "interp/test_text_states.py", "test_cli.py",
+    "stores/test_resume.py", "scenes/test_train.py", "probes/test_page.py", "stores/test_verify.py", "test_layers.py",
 )  # fmt: skip
 
 
