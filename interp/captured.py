@@ -256,8 +256,8 @@ def _named_reduction(
     wrong = [one.name for one in layers if chosen.of_text and one.part != "cross"]
     if wrong:
         raise InterpError(
-            f"Capture(reduce={name!r}): {reduction!r} is of image → text, but {wrong[0]!r} attends to no text; choose other "
-            "layers by (glob, name)"
+            f"Capture(reduce={name!r}): {reduction!r} is of image → text, which {wrong[0]!r} has not; choose other layers "
+            "by (glob, name)"
         )
     one = ReduceCapture(name, layers, (), chosen.dims, named=chosen)
     y, x = (cells.stop - cells.start for cells in capture.chosen_cells(one.largest))

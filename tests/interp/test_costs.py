@@ -69,7 +69,7 @@ def refused(budget, **capture):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("budget", ["50MB", "5MB", "1MB", "400kB"])
+@pytest.mark.parametrize("budget", ["5MB", "400kB"])
 def test_a_budget_refuses_and_proposes(budget):
     """What it proposes does fit, by the plan of exactly that, however little is left of what was asked for."""
     large = {"heads": "all", "tokens": "all", "dtype": "float32", "attention": "all", "text": True}

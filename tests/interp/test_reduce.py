@@ -162,7 +162,7 @@ def test_named_reductions_in_a_capture() -> None:
     assert interp.Capture.from_spec(capture.spec()) == interp.Capture(reduce={"entropy": ("cross", "entropy")})
     with pytest.raises(interp.InterpError, match="did you mean 'entropy'"):
         interp.Capture(reduce={"e": "entropie"})
-    with pytest.raises(interp.InterpError, match="attends to no text"):
+    with pytest.raises(interp.InterpError, match="is of image → text, which"):
         interp.plan(tiny("sd1"), "a cat", capture=interp.Capture(reduce={"m": ("self", "role_mass")}))
     plan = interp.plan(tiny("sd1"), "a cat", steps=3, capture=interp.Capture(reduce={"e": ("self", "entropy")}))
     assert plan.layout.arrays["sites/e/value"].shape == (1, 3, 1, 4, 4)
