@@ -178,7 +178,7 @@ def test_tokens_by_word_role_and_column():
     assert interp.Capture.from_spec(capture.spec()) == capture
     with pytest.raises(interp.InterpError, match="'gren' is in no prompt; did you mean 'green'"):
         interp.plan(pipe, "a green cat", capture=interp.Capture(tokens=["gren"]))
-    with pytest.raises(interp.InterpError, match="lacks; .*did you mean 'thing'"):
+    with pytest.raises(interp.InterpError, match=r"lacks; .*did you mean 'thing'"):
         interp.plan(pipe, table, capture=interp.Capture(tokens=["{thin}"]))
 
 
