@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class Cluster:
         except (OSError, TimeoutError, ValueError) as error:
             if self._scheduler is not None:
                 self._scheduler.kill()
-            raise InterpError(f"no Dask scheduler answers at {address or file}: {sentence(error)}") from None
+            advice = "; delete that file, and one is started" if file else ""
+            raise InterpError(f"no Dask scheduler answers at {address or file}: {sentence(error)}{advice}") from None
         self._client.subscribe_topic(self._topic, self._take_news)
 
     def prepare(self) -> str:  # noqa: D102
@@ -157,7 +159,31 @@ def _start_scheduler(file: Path) -> subprocess.Popen:
 
 # What follows runs on the workers.
 
-_OPENED: dict[str, tuple[Work, RunWriter | None]] = {}
+
+@dataclass
+class _Opened:
+    """What a worker keeps from one task to the next: its work, and the writer that it opened for a driver."""
+
+    work: Work
+    writer: RunWriter | None = None
+    driver: str = ""
+
+    def writer_for(self, driver: str) -> RunWriter:
+        """Return a writer of the run; a new one for another driver, since the run may have changed meanwhile."""
+        if self.writer is not None and self.driver != driver:
+            self.close()
+        if self.writer is None:
+            self.writer, self.driver = self.work.open(clean=False), driver
+        return self.writer
+
+    def close(self) -> None:
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            with contextlib.suppress(StoreError):  # told when it happened
+                writer.close()
+
+
+_OPENED: dict[str, _Opened] = {}
 
 
 def _key(function: str, arguments: dict[str, Any]) -> str:
@@ -166,12 +192,14 @@ def _key(function: str, arguments: dict[str, Any]) -> str:
 
 def prepare_there(function: str, arguments: dict[str, Any]) -> tuple[str, str]:
     """Prepare the run, on a worker; return ("prepared", plan) or ("refused", why)."""
+    key = _key(function, arguments)
     try:
-        work = Recipe(function, arguments).make()
-        text = work.prepare()
+        opened = _OPENED.get(key) or _Opened(Recipe(function, arguments).make())
+        opened.close()  # that of a driver which was killed
+        text = opened.work.prepare()
     except InterpError as error:
         return "refused", sentence(error)
-    _OPENED[_key(function, arguments)] = work, None
+    _OPENED[key] = opened
     return "prepared", text
 
 
@@ -181,17 +209,26 @@ def perform_there(function: str, arguments: dict[str, Any], task: Task, limit: f
     Once it is computed, the worker takes the next one, and a thread waits here until the samples are durable. `name`:
     the topic under which that is told, and the task's key.
     """
-    from distributed import get_worker, secede
-
     key = _key(function, arguments)
     try:
-        work, writer = _OPENED.get(key) or (Recipe(function, arguments).make(), None)
-        if writer is None:
-            share(work.store)
-            writer = work.open(clean=False)
-            _OPENED[key] = work, writer
+        opened = _OPENED.get(key) or _Opened(Recipe(function, arguments).make())
     except InterpError as error:
         return Outcome("refused", sentence(error))
+    handle = share(opened.work.store)  # until all is written: the worker may outlive the job
+    try:
+        writer = opened.writer_for(name[0])
+        _OPENED[key] = opened
+        return _perform(opened.work, writer, task, limit, name)
+    except InterpError as error:
+        return Outcome("refused", sentence(error))
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _perform(work: Work, writer: RunWriter, task: Task, limit: float, name: tuple[str, str]) -> Outcome:
+    from distributed import get_worker, secede
+
     with contextlib.suppress(OSError, ValueError):  # a stderr that is no file
         faulthandler.dump_traceback_later(limit, exit=True)
     try:
@@ -214,8 +251,7 @@ def perform_there(function: str, arguments: dict[str, Any], task: Task, limit: f
 
 def forget_there(function: str, arguments: dict[str, Any]) -> None:
     """Let go of a run, on a worker that stays."""
-    work, writer = _OPENED.pop(_key(function, arguments), (None, None))
-    if writer is not None:
-        writer.close()
-    if work is not None:
-        work.close()
+    opened = _OPENED.pop(_key(function, arguments), None)
+    if opened is not None:
+        opened.close()
+        opened.work.close()

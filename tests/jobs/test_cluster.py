@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("distributed")
 
 from interp.errors import InterpError
+from interp.jobs.cluster import _start_scheduler as start_scheduler
 from interp.jobs.driver import drive
 from interp.stores import open_run
 from tests.jobs.null import recipe
@@ -61,10 +62,15 @@ def workers(tmp_path):
 
 
 def test_a_cluster_makes_the_same_bytes_and_outlives_a_poison_sample(calm, tmp_path, workers):
-    """Workers compute while they write, to a slow disk here; what a dying one was still writing is no fault of that."""
+    """Workers compute while they write, to a slow disk here; what a dying one was still writing is no fault of that.
+
+    The cluster is somebody else's: it stays, and takes the next job on the same run.
+    """
     path, log = tmp_path / "run.zarr", tmp_path / "log"
+    cluster = {"scheduler_file": str(workers()), "progress": False}
+    scheduler = start_scheduler(Path(cluster["scheduler_file"]))
     work = recipe(path, n=N, faults={"5": "die", "9": "raise"}, log=str(log), disk=0.5)
-    report = drive(work, path, scheduler_file=str(workers()), progress=False)
+    report = drive(work, path, **cluster)
     assert (report.done, report.failed) == (N - 2, 2)
     lines = [line.split(" ", 1) for line in log.read_text().splitlines()]
     of_first = [what for pid, what in lines if pid == next(pid for pid, what in lines if what == "0 1")]
@@ -72,8 +78,10 @@ def test_a_cluster_makes_the_same_bytes_and_outlives_a_poison_sample(calm, tmp_p
     errors = open_run(path).samples["error"]
     assert "KilledWorker" in errors[5] and errors[9] == "ValueError: sample 9 is no good"
     assert (errors.drop([5, 9]) == "").all()
-    drive(recipe(path, n=N), path, retry_failed=True, progress=False)
+    assert drive(recipe(path, n=N), path, retry_failed=True, **cluster).made == 2
     assert files(path) == files(calm)
+    scheduler.terminate()
+    scheduler.wait()
 
 
 def test_a_scheduler_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
