@@ -25,8 +25,7 @@ def one(folder, n):
     report = drive(recipe(path, n=n, batch=8, steps=3), path, progress=False)
     wall, cpu = time.perf_counter() - start, time.process_time() - used
     assert report.done == n
-    status = Path("/proc/self/status").read_text()  # getrusage would count the process that started this one
-    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    peak = memory("VmHWM")  # getrusage would count the process that started this one
     times = []
     for _ in range(9):
         start = time.perf_counter()
@@ -42,16 +41,25 @@ def one(folder, n):
     )
 
 
+def memory(which):
+    """Memory of this process in MiB, as Linux names it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{which}:")[2].split()[0]) / 1024
+
+
 def planning(n=10_000):
     """Plan `n` samples of the bundled model."""
     import interp
 
     pipe = interp.load("scenes")
     prompts = [f"a red circle and {k} blue stars" for k in range(n)]
-    interp.plan(pipe, prompts[:4], steps=20)
-    start = time.perf_counter()
+    str(interp.plan(pipe, prompts[:4], steps=20))
+    start, before = time.perf_counter(), memory("VmRSS")
     plan = interp.plan(pipe, prompts, steps=20)
-    print(f"plan of {len(plan):,} samples of scenes: {time.perf_counter() - start:.1f} s")
+    took = time.perf_counter() - start
+    assert len(str(plan)) > 0
+    held = 1024 * (memory("VmRSS") - before) / n
+    print(f"plan of {len(plan):,} samples of scenes: {took:.1f} s; {held:.1f} kB of memory a sample")
 
 
 def main():
