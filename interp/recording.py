@@ -19,7 +19,7 @@ from interp.overriding import override_call
 from interp.planning import Plan, assemble
 from interp.prompts import PromptTable
 from interp.recorder import Recorder, pictures
-from interp.stores import Group, Run, RunWriter, TokenTable, create_run
+from interp.stores import Run, RunWriter, TokenTable, create_run
 from interp.token_columns import TokenSelection
 
 
@@ -115,7 +115,7 @@ class Recording:
         before = len(self._writer)
         columns["prompt_id"] = [before + p for p in columns["prompt_id"]]
         columns["batch"] = [max(self._plan.layout.samples["batch"]) + before + b for b in columns["batch"]]
-        tables = {n: _token_table(group) for n, group in plan.layout.groups.items() if "token_id" in group.coords}
+        tables = {n: TokenTable.of(group) for n, group in plan.layout.groups.items() if "token_id" in group.coords}
         samples = list(self._writer.grow(columns, tables))
         return _moved(plan, self._plan, samples), samples
 
@@ -123,12 +123,6 @@ class Recording:
         """Finish writing."""
         if self._writer is not None:
             self._writer.close()
-
-
-def _token_table(group: Group) -> TokenTable:
-    return TokenTable(
-        **{n.removeprefix("token_"): values for n, (_, values) in group.coords.items() if n.startswith("token_")}
-    )
 
 
 def _moved(plan: Plan, first: Plan, samples: list[int]) -> Plan:

@@ -88,6 +88,11 @@ class TokenTable:
     count: Any
     text_uncond: Any = None
 
+    @classmethod
+    def of(cls, group: Group) -> "TokenTable":
+        """Return the table that a group's coordinates hold."""
+        return cls(**{n.removeprefix("token_"): v for n, (_, v) in group.coords.items() if n.startswith("token_")})
+
     def coords(self) -> dict[str, Coord]:
         """Return the columns as coordinates `token_text`, `token_id`, … (sample, token)."""
         found = {f"token_{f.name}": getattr(self, f.name) for f in fields(self)}

@@ -14,7 +14,6 @@ from interp.prompts import PromptTable
 from interp.stores import DONE, FAILED, RunWriter, StoreError, TokenTable, open_run
 from interp.stores.create import attr_differences
 from interp.stores.files import plain
-from interp.stores.schema import Group
 
 OWN = ("seed", "condition", "prompt_id", "batch")
 GROWS = ("conditions",)
@@ -41,7 +40,7 @@ class Extension:
     def append(self, writer: RunWriter, pipe: Any) -> None:
         """Append the new samples; a reader sees all of them or none."""
         new = _assemble(pipe, self.asked, self.columns, self.prompts, self.width)
-        tables = {n: _token_table(g) for n, g in new.layout.groups.items() if "token_id" in g.coords}
+        tables = {n: TokenTable.of(g) for n, g in new.layout.groups.items() if "token_id" in g.coords}
         writer.grow(self.columns, tables, self.attrs)
 
 
@@ -207,7 +206,3 @@ def _width(tree: Any) -> int:
         ):
             return int(node.sizes["token"])
     return 0
-
-
-def _token_table(group: Group) -> TokenTable:
-    return TokenTable(**{n.removeprefix("token_"): v for n, (_, v) in group.coords.items() if n.startswith("token_")})

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from interp.errors import InterpError, nearest, sentence_list
@@ -267,4 +266,4 @@ def _names(plugins: Iterable[Any]) -> list[str]:
     return sorted({p.name for p in plugins})
 
 
-__all__ = ["Job", "job_schema", "parse_job", "parse_seeds", "read_job", "yaml"]
+__all__ = ["Job", "job_schema", "parse_job", "parse_seeds", "read_job"]
