@@ -172,6 +172,7 @@ def test_poison_hang_and_error_are_each_held_to_their_sample(calm, tmp_path):
     faults = {"3": "die", "9": "raise", "12": "die once", "20": "hang"}
     code, out, err = end(start(path, "--workers", "2", "--limit", "1.5", faults=faults))
     assert code == 1 and "21 of 24 samples done" in out, err
+    assert "batch 6: the process that ran it was killed by SIGKILL; what it lacks is tried again" in err  # 12, once
     errors = open_run(path).samples["error"]
     assert errors[3] == "the process that ran it was killed by SIGKILL"
     assert errors[9] == "ValueError: sample 9 is no good"
