@@ -121,7 +121,7 @@ def test_repair_of_the_statuses_themselves(path):
 
 
 def test_metadata_of_a_node_that_differ_from_the_roots_are_told_and_repaired(path):
-    files = [p for p in path.rglob("zarr.json") if p.parent != path]
+    files = [p for p in path.rglob("zarr.json") if p.parent != path][::4]
     calm = {p: p.read_bytes() for p in files}
     for k, file in enumerate(files):
         changes = (lambda b: b.replace(b"3", b"4", 1), lambda b: b[1:], lambda b: b"[]", None)
