@@ -67,7 +67,7 @@ def test_generated_pictures_show_what_was_asked():
     pipe.set_progress_bar_config(disable=True)
     asked = captions.prompts(4, 1, seed=5)
     seeds = [torch.Generator().manual_seed(i) for i in range(len(asked))]
-    images = pipe(asked, num_inference_steps=15, guidance_scale=4.0, generator=seeds).images
+    images = pipe(asked, num_inference_steps=8, guidance_scale=4.0, generator=seeds).images
     right = [
         ok
         for p, v in zip(asked, judge(images), strict=True)
