@@ -70,21 +70,21 @@ class Job(BaseModel):
             if not name.strip():
                 raise ValueError("a condition has an empty name")
             for change in changes:
-                _plugin_name(change, f"condition {name!r}")
+                _plugin_name(change, f"condition {name!r}: ")
         return value
 
     @field_validator("probes")
     @classmethod
     def _installed(cls, value: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
         for one in value:
-            _plugin_name({"name": one} if isinstance(one, str) else one, "probes")
+            _plugin_name({"name": one} if isinstance(one, str) else one)
         return value
 
     @field_validator("scores")
     @classmethod
     def _metrics(cls, value: list[str]) -> list[str]:
         for one in value:
-            _plugin_name({"name": one.partition(":")[0]}, "scores")
+            _plugin_name({"name": one.partition(":")[0]})
         return value
 
     @property
@@ -93,13 +93,13 @@ class Job(BaseModel):
         return Path(self.store).expanduser().absolute()
 
 
-def _plugin_name(spec: Mapping[str, Any], where: str) -> None:
+def _plugin_name(spec: Mapping[str, Any], where: str = "") -> None:
     """Refuse what is not the plain name of an installed plugin: a job file cannot name code."""
     name = spec.get("name")
     if not isinstance(name, str):
-        raise ValueError(f"{where}: {dict(spec)!r} has no 'name'")
+        raise ValueError(f"{where}{dict(spec)!r} has no 'name'")
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name):
-        raise ValueError(f"{where}: {name!r} is not the name of an installed plugin; files cannot be named in a job")
+        raise ValueError(f"{where}{name!r} is not the name of an installed plugin; files cannot be named in a job")
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -199,7 +199,8 @@ def _one(error: Any) -> str:
     given = given if len(given) <= 60 else given[:57] + "…"
     if error["type"] == "value_error":
         wanted = error["msg"].removeprefix("Value error, ")
-        said = given in wanted or str(error["input"]) in wanted
+        several = isinstance(error["input"], list | dict)  # of which the sentence names the one that is wrong
+        said = several or given in wanted or str(error["input"]) in wanted
         return f"{key}: {wanted}" + ("" if said else f", but it is {given}")
     if key in _SEVERAL:
         description = str(Job.model_fields[key].description).rstrip(".")

@@ -299,9 +299,10 @@ def test_scores_and_probes_follow(pipe, tmp_path):
         ("model: scenes\nprompts: [a]\nstore: link/x", "leads out of the job file's folder, by a link"),
         ("model: scenes\nprompts: ../p.csv\nstore: x", "give --prompts on the command line"),
         ("model: scenes\nprompts: p.py\nstore: x", "is no table"),
-        ("model: scenes\nprompts: [a]\nstore: x\nprobes: [evil.py]", "files cannot be named in a job"),
         ("model: scenes\nprompts: [a]\nstore: x\nconditions: {a: [{name: 'evil.py:X'}]}", "not the name of an installed"),
         ("model: scenes\nprompts: [a]\nstore: x\nconditions: {a: [{start: 1}]}", "has no 'name'"),
+        ("model: scenes\nprompts: [a]\nstore: x\nprobes: ['evil.py:p']",
+         "job.yaml: probes: 'evil.py:p' is not the name of an installed plugin; files cannot be named in a job\n"),
         ("model: !!python/object/apply:os.system [touch hacked]", "line 1: could not determine a constructor"),
         ("a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
          "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: &f [*e,*e,*e,*e,*e,*e,*e,*e,*e]\n"
