@@ -98,7 +98,7 @@ def _vae(blocks: tuple[int, ...] = (8, 16)) -> AutoencoderKL:
 
 def _unet(**changes: object) -> UNet2DConditionModel:
     config: dict = {
-        "sample_size": 16,
+        "sample_size": 8,
         "block_out_channels": (16, 32),
         "layers_per_block": 1,
         "norm_num_groups": 8,

@@ -92,8 +92,8 @@ def called(name, text, pipe=None):
     generator = [torch.Generator().manual_seed(5) for _ in text.states]
     return pipe(
         num_inference_steps=STEPS,
-        height=32,
-        width=32,
+        height=16,
+        width=16,
         generator=generator,
         output_type="latent",
         **given,
@@ -104,7 +104,7 @@ def called(name, text, pipe=None):
 def traced(name, *changes, prompts=TABLE, pipe=None, options=None, **more):
     model = MODELS[name]
     return interp.trace(
-        pipe or tiny(name), prompts, seeds=5, steps=STEPS, guidance_scale=model.scale, height=32, width=32, batch_size=2,
+        pipe or tiny(name), prompts, seeds=5, steps=STEPS, guidance_scale=model.scale, height=16, width=16, batch_size=2,
         capture=BARE, interventions=changes, options={**model.options, **(options or {})}, progress=False, **more,
     )  # fmt: skip
 

@@ -44,7 +44,7 @@ def in_dtype(pipe: Any, dtype: torch.dtype):
             getattr(pipe, name).load_state_dict(state)
 
 
-def noise(pipe: Any, seeds: list[int], height: int = 32, width: int = 32) -> torch.Tensor:
+def noise(pipe: Any, seeds: list[int], height: int = 16, width: int = 16) -> torch.Tensor:
     """The noise of each seed, drawn one by one: (sample, channel, y, x)."""
     f = pipe.vae_scale_factor
     return torch.cat([
@@ -80,7 +80,7 @@ def sample(
     keep: Callable[[int], tuple[str, ...]] = lambda i: ("uncond", "cond"),
     text: Callable[[int, torch.Tensor], torch.Tensor] = lambda i, c: c,
     added: dict[str, dict[str, torch.Tensor]] | None = None,
-    size: tuple[int, int] = (32, 32),
+    size: tuple[int, int] = (16, 16),
 ) -> Trajectory:
     """Sample in plain torch. `keep(i)`: the branches evaluated at call i; `text(i, cond)`: the states read there."""
     scheduler = deepcopy(pipe.scheduler)

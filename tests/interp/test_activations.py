@@ -18,8 +18,8 @@ from tests.interp.reference import sample, scheduler_of, states, tiny
 STEPS, SCALE, SEEDS = 3, 5.0, [1, 2]
 BARE = interp.Capture(attention=None, image=False)
 A, B = "a red circle", "a dog on the blue square background"
-MID = "unet.mid_block:out"  # (channel, y, x) 32×8×8
-BLOCK = "unet.mid_block.attentions.0.transformer_blocks.0.attn2:out"  # (position, channel) 64×32
+MID = "unet.mid_block:out"  # (channel, y, x) 32×4×4
+BLOCK = "unet.mid_block.attentions.0.transformer_blocks.0.attn2:out"  # (position, channel) 16×32
 KEYS = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k:out"  # (text position, channel) 77×32
 SITES = (MID, BLOCK, KEYS)
 
@@ -139,19 +139,20 @@ def test_parts_equal_slices(tmp_path):
         return edit
 
     def grid(x):
-        return x.unflatten(1, (8, 8))
+        return x.unflatten(1, (4, 4))
 
     def block_region(x, call):
         x = grid(x).clone()
-        x[:, 4:, :4] = grid(block[call])[:, 4:, :4]
+        x[:, 2:, :2] = grid(block[call])[:, 2:, :2]
         return x.flatten(1, 2)
 
-    # a mask of 16×16 for 8×8 cells: two corners of four quarters each, a cell of which half lies inside, one with a quarter
-    mask = np.zeros((16, 16))
-    mask[:4, :4] = mask[8:, 12:] = mask[6, 6:8] = mask[15, 1] = 1
+    # a mask of 8×8 for 4×4 cells: two corners of four quarters each, a cell of which half lies inside, one with a quarter
+    mask = np.zeros((8, 8))
+    mask[:2, :2] = mask[4:, 6:] = mask[2, 4:6] = mask[7, 1] = 1
     np.save(tmp_path / "mask.npy", mask)
-    inside = torch.zeros(8, 8, dtype=torch.bool)
-    inside[:2, :2] = inside[4:, 6:] = inside[3, 3] = True
+    inside = torch.zeros(4, 4, dtype=torch.bool)
+    inside[0, 0] = inside[1, 2] = True
+    inside[2:, 3] = True
 
     def within(x, new):
         return torch.where(inside, new, x)
@@ -162,7 +163,7 @@ def test_parts_equal_slices(tmp_path):
         (
             interp.Patch(source(), BLOCK, mask=str(tmp_path / "mask.npy"), region=(0, 0, 1, 0.5)),
             BLOCK,
-            lambda x, call: torch.where((inside & (torch.arange(8) < 4)).flatten()[:, None], block[call], x),
+            lambda x, call: torch.where((inside & (torch.arange(4) < 2)).flatten()[:, None], block[call], x),
         ),
         (interp.Steer(MID, [0.5] * 32, mask=mask.astype(bool).tolist()), MID, lambda x, call: within(x, x + 0.5)),
         (interp.Patch(source(), MID, channels=(0, 5)), MID, put(mid, (every, [0, 5]))),
@@ -170,7 +171,7 @@ def test_parts_equal_slices(tmp_path):
         (
             interp.Patch(source(), MID, region=(0, 0.5, 0.25, 1)),
             MID,
-            put(mid, (every, every, slice(0, 2), slice(4, 8))),
+            put(mid, (every, every, slice(0, 1), slice(2, 4))),
         ),
         (interp.Patch(source(), BLOCK, region=(0.5, 0, 1, 0.5)), BLOCK, block_region),
         (interp.Patch(source(), KEYS, tokens=("red", "eos", 0)), KEYS, put(keys, (every, [0, 2, 4]))),
@@ -329,7 +330,7 @@ def test_zeros_and_means_equal_hooks(site):
 def test_steering_equals_a_hook(tmp_path):
     pipe = tiny("sd1")
     vector = torch.linspace(-1, 1, 32)
-    whole = torch.randn(32, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole = torch.randn(32, 4, 4, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "whole.npy", whole.numpy())
     from safetensors.torch import save_file
 

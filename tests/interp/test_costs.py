@@ -59,12 +59,12 @@ def test_bytes_of_attention_are_those_before_compression(tmp_path):
     assert np.isfinite(logical)
 
 
+LARGE = {"steps": 20, "guidance_scale": SCALE, "seeds": [0, 1], "height": 32, "width": 32}
+
+
 def refused(budget, **capture):
     with pytest.raises(interp.InterpError) as caught:
-        interp.plan(
-            tiny("sd1"), [A, B], steps=20, guidance_scale=SCALE, seeds=[0, 1],
-            capture=interp.Capture(budget=budget, **capture),
-        )  # fmt: skip
+        interp.plan(tiny("sd1"), [A, B], capture=interp.Capture(budget=budget, **capture), **LARGE)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -77,7 +77,7 @@ def test_a_budget_refuses_and_proposes(budget):
     assert "self_attention/16x16/probs alone" in text and "heads='mean' saves" in text and "which leaves" in text
     fields = dict(part.split(" saves")[0].strip().split("=", 1) for part in text.split(";")[1:-1])
     proposed = interp.Capture(**{**large, **{k: eval(v) for k, v in fields.items()}}, budget=budget)
-    interp.plan(tiny("sd1"), [A, B], steps=20, guidance_scale=SCALE, seeds=[0, 1], capture=proposed)
+    interp.plan(tiny("sd1"), [A, B], capture=proposed, **LARGE)
 
 
 def test_a_budget_that_nothing_meets():

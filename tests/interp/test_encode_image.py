@@ -14,7 +14,7 @@ LEVELS = [700, 100, 400]
 PROMPTS = ["a red circle", "a dog on the blue square background", "the green cat"]
 
 
-def pictures(n=3, side=32, seed=0):
+def pictures(n=3, side=16, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
 
 
@@ -47,7 +47,7 @@ def test_one_pass_a_level(name):
         np.testing.assert_allclose(run.noise_pred.sel(branch="cond").isel(step=step).values, out.numpy(), atol=1e-4)
         np.testing.assert_allclose(run.final_latents.values, clean.numpy(), atol=1e-5)
         site = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
-        maps = run.attention("8x8").sel(layer=site, branch="cond").isel(step=step).stack(q=("query_y", "query_x"))
+        maps = run.attention("4x4").sel(layer=site, branch="cond").isel(step=step).stack(q=("query_y", "query_x"))
         assert len(calls[site]) == 3  # one forward pass a level
         np.testing.assert_allclose(
             maps.transpose("sample", "head", "q", "token").values, calls[site][step][-6:], atol=1e-5

@@ -95,7 +95,7 @@ def test_an_nnsight_edit_as_an_intervention():
             for change in (interp.NNsightEdit(edited, **window), edit)
         ]
         assert np.array_equal(*(run.final_latents.values for run in runs))
-        assert np.array_equal(*(run.attention("8x8").values for run in runs), equal_nan=True)
+        assert np.array_equal(*(run.attention("4x4").values for run in runs), equal_nan=True)
     # a later step alone: visits at which nobody waits are counted, though no probabilities are formed there
     with interp.nnsight(pipe).generate(A, seed=0, num_inference_steps=4, output_type="latent") as tracer:
         for _ in tracer.iter[2:3]:
@@ -238,7 +238,7 @@ def test_a_run_holds_the_probabilities_that_were_used():
         interp.trace(pipe, A, steps=2, guidance_scale=5.0, capture=capture, interventions=c, progress=False)
         for c in ([], [edit])
     )
-    before, after = (run.attention("8x8").values for run in (first, changed))
+    before, after = (run.attention("4x4").values for run in (first, changed))
     assert np.array_equal(after[:, 0], before[:, 0])
     sums = after[:, 1].sum(-3)  # (sample, branch, layer, head, y, x)
     assert np.allclose(sums[:, 1], 1, atol=1e-5)
@@ -289,7 +289,7 @@ def test_messages_and_exceptions():
                 call(pipe)
         with interp.HookRegistry(pipe):
             module(pipe, SD1).hook_probs.register_forward_hook(lambda m, args, out: out[:, :1])
-            with pytest.raises(interp.InterpError, match=r"were changed to \(2, 1, 64, 77\), but \(2, 4, 64, 77\)"):
+            with pytest.raises(interp.InterpError, match=r"were changed to \(2, 1, 16, 77\), but \(2, 4, 16, 77\)"):
                 call(pipe)
         assert torch.equal(call(pipe), plain)
         attn = module(pipe, SD1)

@@ -256,7 +256,7 @@ def test_record_counts_what_a_user_dropped(order):
                 call(pipe)
     assert r.run.nfe.values.tolist() == [[1, 2]] * 2
     assert np.isnan(r.run.noise_pred.isel(step=1).sel(branch="cond").values).all()
-    assert np.isnan(r.run.attention("8x8").isel(step=1).sel(branch="cond").values).all()
+    assert np.isnan(r.run.attention("4x4").isel(step=1).sel(branch="cond").values).all()
     assert not np.isnan(r.run.noise_pred.isel(step=1).sel(branch="uncond").values).any()
 
 
@@ -363,4 +363,4 @@ def test_a_registry_does_not_keep_tensors():
         call(pipe, steps=3)
         gc.collect()
         assert len(kept) == 6 and not any(r() is not None for r in kept[:4])
-    assert noise(pipe, [0]).shape == (1, 4, 16, 16)
+    assert noise(pipe, [0]).shape == (1, 4, 8, 8)

@@ -35,8 +35,8 @@ def traced(
     pipe, *changes, options=None, negative=NEGATIVE, capture=BARE, prompts=A, seeds=SEEDS, scale=SCALE, steps=STEPS
 ):
     return interp.trace(
-        pipe, prompts, seeds=seeds, steps=steps, guidance_scale=scale, capture=capture, batch_size=len(seeds), height=32,
-        width=32, interventions=changes, progress=False, negative_prompt=negative, options=options,
+        pipe, prompts, seeds=seeds, steps=steps, guidance_scale=scale, capture=capture, batch_size=len(seeds), height=16,
+        width=16, interventions=changes, progress=False, negative_prompt=negative, options=options,
     )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def looped(pipe, scales, calls=None):
     with_text, without = states(pipe, [A] * 2), states(pipe, [NEGATIVE] * 2)
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(STEPS)
-    x = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in SEEDS])
+    x = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in SEEDS])
     x = x * scheduler.init_noise_sigma
     with torch.no_grad():
         for i, t in enumerate(scheduler.timesteps):
@@ -237,7 +237,7 @@ def test_a_scale_that_another_registry_sets_is_recorded_as_it_was(name, record_f
     first, second = (recording, hooks) if record_first else (hooks, recording)
     with first as one, second as other:
         pipe(
-            [A, A], negative_prompt=[NEGATIVE] * 2, num_inference_steps=2, guidance_scale=SCALE, height=32, width=32,
+            [A, A], negative_prompt=[NEGATIVE] * 2, num_inference_steps=2, guidance_scale=SCALE, height=16, width=16,
             generator=[torch.Generator().manual_seed(s) for s in SEEDS], output_type="latent", **FAMILIES[name],
         )  # fmt: skip
     run = (one if record_first else other).run

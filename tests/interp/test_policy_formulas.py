@@ -75,7 +75,7 @@ def lent(case):
 def traced(case, pipe, *changes):
     table = [{"prompt": p, "negative_prompt": n} for p, n in zip(PROMPTS, NEGATIVES, strict=True)]
     return interp.trace(
-        pipe, table, seeds=[3], steps=STEPS, guidance_scale=SCALE, capture=BARE, batch_size=2, height=32, width=32,
+        pipe, table, seeds=[3], steps=STEPS, guidance_scale=SCALE, capture=BARE, batch_size=2, height=16, width=16,
         interventions=changes, progress=False, options=OPTIONS.get(model(case)),
     )  # fmt: skip
 
@@ -103,14 +103,14 @@ def reference(case, pipe, calls, formula):
     options = {"guidance_scale": SCALE, **OPTIONS.get(name, {})}
     try:
         latents = pipe(
-            PROMPTS, negative_prompt=NEGATIVES, num_inference_steps=STEPS, height=32, width=32, output_type="latent",
+            PROMPTS, negative_prompt=NEGATIVES, num_inference_steps=STEPS, height=16, width=16, output_type="latent",
             generator=[torch.Generator().manual_seed(3) for _ in PROMPTS], **options,
         ).images  # fmt: skip
     finally:
         handle.remove()
         del scheduler.step
     if name == "flux":
-        latents = rearrange(latents, "n (y x) (c p q) -> n c (y p) (x q)", y=8, p=2, q=2)
+        latents = rearrange(latents, "n (y x) (c p q) -> n c (y p) (x q)", y=4, p=2, q=2)
     return latents.numpy()
 
 

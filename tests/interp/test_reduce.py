@@ -19,7 +19,7 @@ def test_equals_the_reduction_of_stored_maps() -> None:
     capture = interp.Capture(tokens="all", heads="all", dtype="float32", reduce={"entropy": entropy})
     run = interp.trace(tiny("sd1"), prompts, steps=3, capture=capture, progress=False)
     kept = run.tree["sites/entropy"]["value"]
-    whole = run.attention("16x16")
+    whole = run.attention("8x8")
     p = whole.values.astype("float64")
     expected = -(p * np.log(np.maximum(p, 1e-12))).sum(-3).mean((-1, -2))  # (sample, step, branch, layer, head)
     mine = kept.sel(layer=whole["layer"].values).values
@@ -66,11 +66,11 @@ def whole() -> "interp.stores.Run":
 
 def maps_of(run: "interp.stores.Run") -> "np.ndarray":
     """Probabilities of the layers of the largest grid (sample, step, branch, layer, head, token, y, x)."""
-    return run.attention("16x16").values.astype("float64")
+    return run.attention("8x8").values.astype("float64")
 
 
 def test_named_reductions_equal_those_of_stored_maps(whole: "interp.stores.Run") -> None:
-    p, order = maps_of(whole), list(whole.attention("16x16").layer.values)
+    p, order = maps_of(whole), list(whole.attention("8x8").layer.values)
 
     def value(name: str) -> np.ndarray:
         kept = whole.site(name)
@@ -82,10 +82,10 @@ def test_named_reductions_equal_those_of_stored_maps(whole: "interp.stores.Run")
     daam = whole.site("daam")
     assert daam.dims == ("sample", "step", "branch", "token", "y", "x") and daam.step.values.tolist() == [2]
     mean = whole.site("mean_map")
-    assert dict(mean.sizes)["y"] == 16 and len(whole.grids) == 2
+    assert dict(mean.sizes)["y"] == 8 and len(whole.grids) == 2
     for grid in whole.grids:  # a smaller grid's cells are repeated
         own = whole.attention(grid).mean(("step", "head")).transpose("sample", "branch", "layer", ...)
-        large = own.values.repeat(16 // own.sizes["query_y"], -1).repeat(16 // own.sizes["query_y"], -2)
+        large = own.values.repeat(8 // own.sizes["query_y"], -1).repeat(8 // own.sizes["query_y"], -2)
         np.testing.assert_allclose(mean.sel(layer=own.layer).values[:, 0], large, atol=1e-6)
 
 
@@ -116,7 +116,7 @@ def test_probes_read_the_mass_of_tokens_in_place_of_maps(whole, probe: str, vari
 
 def test_mass_of_roles_is_that_of_each_branch_s_own_tokens(whole: "interp.stores.Run") -> None:
     """All roles together hold all probability; the negative prompt has fewer words than the prompt."""
-    mass, p = whole.site("role_mass"), whole.attention("16x16")
+    mass, p = whole.site("role_mass"), whole.attention("8x8")
     np.testing.assert_allclose(mass.sum("role").values, 1, atol=1e-5)
     roles = p.token_role.values[0]
     expected = p.isel(sample=0).sel(branch="cond").values[..., roles == "word", :, :].sum(-3).mean((-1, -2))
@@ -176,5 +176,5 @@ def test_a_branch_that_is_dropped_in_some_steps_is_summed_over_the_others() -> N
         "capture": interp.Capture(**EVERY, reduce=["daam"]),
     }
     run = interp.trace(tiny("sd1"), "a red cat", interventions=[interp.RemoveText(start=0.5)], **settings)
-    np.testing.assert_allclose(run.site("daam").values[:, 0], summed(run, (16, 16)), atol=1e-4)
+    np.testing.assert_allclose(run.site("daam").values[:, 0], summed(run, (8, 8)), atol=1e-4)
     assert np.isnan(maps_of(run)[0, 2:, 0]).all()

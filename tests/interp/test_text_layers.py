@@ -15,8 +15,8 @@ OPTIONS = {"sd3": {"max_sequence_length": 24}, "flux": {"max_sequence_length": 2
 
 def traced(name, **more):
     return interp.trace(
-        tiny(name), [{"prompt": A, "negative_prompt": "a cat"}, {"prompt": B}], steps=1, guidance_scale=4.0, height=32,
-        width=32, batch_size=2, capture=CAPTURE, progress=False, **{"options": OPTIONS.get(name, {}), **more},
+        tiny(name), [{"prompt": A, "negative_prompt": "a cat"}, {"prompt": B}], steps=1, guidance_scale=4.0, height=16,
+        width=16, batch_size=2, capture=CAPTURE, progress=False, **{"options": OPTIONS.get(name, {}), **more},
     )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_a_plan_leaves_a_fresh_encoder_able_to_show_its_layers():
     """transformers puts its hooks on when layers are first asked for, and notes that it did: a plan must not part the two."""
     pipe = BUILDERS["sd1"]()
     before = {name: set(vars(module)) for name, module in pipe.text_encoder.named_modules()}
-    assert interp.plan(pipe, A, steps=1, height=32, width=32, capture=interp.Capture(text="layers")).memory > 0
+    assert interp.plan(pipe, A, steps=1, height=16, width=16, capture=interp.Capture(text="layers")).memory > 0
     assert {name: set(vars(module)) for name, module in pipe.text_encoder.named_modules()} == before
     ids = torch.tensor(pipe.tokenizer([A], padding="max_length", max_length=77)["input_ids"])
     assert own(pipe.text_encoder, ids.tolist()).shape[1] == pipe.text_encoder.config.num_hidden_layers + 1

@@ -54,7 +54,7 @@ def test_branch_policies_and_steps(tmp_path):
         assert np.abs(found - decoded(pipe, torch.from_numpy(clean.values.astype("float32")))).max() <= 1
     assert interp.stores.verify(run) == [] and interp.stores.validate(run.tree) == []
     plain = xr.open_datatree(path, engine="zarr")
-    assert plain["x0/image"].sizes == {"sample": 4, "step": 2, "height": 32, "width": 32, "rgb": 3}
+    assert plain["x0/image"].sizes == {"sample": 4, "step": 2, "height": 16, "width": 16, "rgb": 3}
     # again with other steps: replaced; and the same call still resumes the run
     assert interp.score(path, "x0", pipe=pipe, steps=0.25).x0.sizes["step"] == 1
     interp.trace(pipe, [A, B], interventions=changes, store=path, **SETTINGS)
