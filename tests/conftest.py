@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ MEMORY = Path("/dev/shm")
 """Tests make tens of thousands of small files: a disk takes its time to delete them."""
 if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
     os.environ["TMPDIR"] = str(MEMORY)
+    tempfile.tempdir = None  # pytest has asked for the folder before
 
 LONGEST = (
     "families/test_conformance.py", "interp/test_check_intervention.py", "reproduction/test_reproduction.py",
