@@ -16,7 +16,6 @@ from interp.stores.growth import without_tables
 from interp.stores.identity import check_place, identify
 from interp.stores.layout_check import checked
 from interp.stores.lock import RunLock
-from interp.stores.memory import MemoryWriter
 from interp.stores.schema import Layout
 from interp.stores.skeleton import VOLATILE, build, fingerprint, nodes, read_table
 from interp.stores.writer import RunWriter
@@ -53,6 +52,8 @@ def create_run(
     """
     layout = checked(layout)
     if path is None:
+        from interp.stores.memory import MemoryWriter  # it shows what it holds by xarray, which takes long to import
+
         return MemoryWriter(layout)
     check_place(path)
     path = Path(path).absolute()
