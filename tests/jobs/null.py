@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 from interp.errors import InterpError
-from interp.jobs.driver import LIMIT, drive
 from interp.jobs.work import Recipe, Work
 from interp.stores import create_run
 from interp.stores.small import small_layout, small_values
@@ -123,6 +122,8 @@ def forked(words, folder):
 
 def main():
     import json
+
+    from interp.jobs.driver import LIMIT, drive  # which a worker does not need
 
     parser = argparse.ArgumentParser()
     parser.add_argument("store")

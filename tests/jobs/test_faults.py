@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.jobs.null"])
+FORKS.set_forkserver_preload(["tests.jobs.null", "interp.jobs.driver"])
 """Imports once what drivers need: each is a process as real as any, and is there at once."""
 
 
