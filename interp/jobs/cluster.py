@@ -57,10 +57,10 @@ class Cluster:
             raise InterpError(f"no Dask scheduler answers at {address or file}: {sentence(error)}{advice}") from None
         self._client.subscribe_topic(self._topic, self._take_news)
 
-    def prepare(self) -> str:  # noqa: D102
+    def prepare(self, *, tell: bool) -> str:  # noqa: D102
         if not self._threads():
             print("waiting for the first Dask worker", file=sys.stderr)  # noqa: T201
-        future = self._client.submit(prepare_there, self._recipe.function, self._recipe.arguments, pure=False)
+        future = self._client.submit(prepare_there, self._recipe.function, self._recipe.arguments, tell, pure=False)
         try:
             kind, text = future.result()
         except Exception as error:
@@ -190,13 +190,13 @@ def _key(function: str, arguments: dict[str, Any]) -> str:
     return json.dumps([function, arguments], sort_keys=True)
 
 
-def prepare_there(function: str, arguments: dict[str, Any]) -> tuple[str, str]:
+def prepare_there(function: str, arguments: dict[str, Any], tell: bool) -> tuple[str, str]:
     """Prepare the run, on a worker; return ("prepared", plan) or ("refused", why)."""
     key = _key(function, arguments)
     try:
         opened = _OPENED.get(key) or _Opened(Recipe(function, arguments).make())
         opened.close()  # that of a driver which was killed
-        text = opened.work.prepare()
+        text = opened.work.prepare(tell=tell)
     except InterpError as error:
         return "refused", sentence(error)
     _OPENED[key] = opened

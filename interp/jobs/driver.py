@@ -113,7 +113,7 @@ def drive(
         else:
             engine = Workers(recipe, workers, limit) if workers else Embedded(recipe)
         try:
-            say(engine.prepare())
+            say(engine.prepare(tell=progress))
             report = _drive(engine, store, retry_failed=retry_failed, progress=progress, say=say)
         except BaseException:
             engine.close(now=True)

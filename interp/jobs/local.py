@@ -13,8 +13,8 @@ Ended = tuple[Task, Outcome]
 class Engine(Protocol):
     """Where tasks are run; made for one run, by the process that has its lock."""
 
-    def prepare(self) -> str:
-        """Create the run or append to it, and say what is to be done."""
+    def prepare(self, *, tell: bool) -> str:
+        """Create the run or append to it, and say what is to be done, if that is to be told."""
 
     @property
     def free(self) -> int:
@@ -42,9 +42,9 @@ class Embedded:
         self._writer: RunWriter | None = None
         self._ended: list[Ended] = []
 
-    def prepare(self) -> str:  # noqa: D102
+    def prepare(self, *, tell: bool) -> str:  # noqa: D102
         self._work = self._recipe.make()
-        return self._work.prepare()
+        return self._work.prepare(tell=tell)
 
     @property
     def free(self) -> int:  # noqa: D102

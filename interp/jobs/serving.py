@@ -44,7 +44,7 @@ def serve(pipe: Connection, function: str, arguments: dict[str, Any], device: st
         try:
             work = work or Recipe(function, arguments).make()
             if message[0] == "prepare":
-                say("prepared", work.prepare())
+                say("prepared", work.prepare(tell=message[1]))
                 continue
             if writer is None:
                 handle = share(work.store)  # noqa: F841  held until the process ends

@@ -63,9 +63,7 @@ class TraceWork(Work):
         )
 
     def describe(self) -> str:  # noqa: D102
-        if self.job.scores:
-            check_scores(self.asked, self.job.scores)
-        check_probes(self.job, self.asked.layout)
+        self._check()
         lines = [str(self.asked), f"store: {self.store}"]
         if _free(self.store):
             return "\n".join([*lines, _room(self.store, self.asked.bytes)])
@@ -75,8 +73,15 @@ class TraceWork(Work):
             lines.append(f"{len(found)} samples are new and will be appended")
         return "\n".join(lines)
 
-    def prepare(self) -> str:  # noqa: D102
-        text = self.describe()
+    def _check(self) -> None:
+        """Refuse before the run what would be refused after it."""
+        if self.job.scores:
+            check_scores(self.asked, self.job.scores)
+        check_probes(self.job, self.asked.layout)
+
+    def prepare(self, *, tell: bool) -> str:  # noqa: D102
+        self._check()
+        text = self.describe() if tell else ""  # to say how much memory it takes is to try it without data
         if _free(self.store):
             create_run(self.store, self.asked.layout, locked=True).close()
             return text

@@ -62,8 +62,11 @@ class Work(ABC):
         """Say in words what is to be done, without touching anything."""
 
     @abstractmethod
-    def prepare(self) -> str:
-        """Create the run, or append to it what is new; return `describe`. For the one process that starts the job."""
+    def prepare(self, *, tell: bool) -> str:
+        """Create the run, or append to it what is new; return `describe`, or nothing unless somebody is to be told.
+
+        For the one process that starts the job.
+        """
 
     @abstractmethod
     def open(self, *, clean: bool) -> RunWriter:

@@ -34,12 +34,12 @@ class Workers:
         self._slots = [_Slot(k) for k in range(count)]
         self._deaths = 0
 
-    def prepare(self) -> str:  # noqa: D102
+    def prepare(self, *, tell: bool) -> str:  # noqa: D102
         slot = self._slots[0]
         self._spawn(slot)
         assert slot.pipe is not None
         try:
-            kind, text = slot.ask(("prepare",))
+            kind, text = slot.ask(("prepare", tell))
         except EOFError:
             raise InterpError(
                 f"the worker that was to prepare the run {slot.ending()}; see its messages above"

@@ -34,7 +34,7 @@ class NullWork(Work):
     def describe(self):
         return f"{len(self.layout)} samples of nothing"
 
-    def prepare(self):
+    def prepare(self, *, tell):
         if not self.store.exists():
             create_run(self.store, self.layout, locked=True).close()
         return self.describe()
