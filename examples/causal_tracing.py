@@ -1,6 +1,6 @@
 """Where in the text encoder does a corrupted subject come back? Clean states restored layer by layer (arXiv:2310.13730).
 
-python examples/causal_tracing.py [number of prompts, default 2]
+python examples/causal_tracing.py [number of prompts, default 2] [steps, default 4]
 """
 
 import sys
@@ -9,7 +9,7 @@ import interp
 from interp.probes import plot
 
 if __name__ == "__main__":
-    n = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+    n, steps = (int(given) for given in (*sys.argv[1:], *["2", "4"][len(sys.argv) - 1 :]))
     subjects = [
         f"{color} {shape}" for shape in ("circle", "star", "square", "heart") for color in ("red", "blue", "green")
     ]
@@ -18,10 +18,10 @@ if __name__ == "__main__":
     layers = [f"text_encoder.encoder.layers.{i}:out" for i in range(len(pipe.text_encoder.encoder.layers))]
     noise = interp.AddNoise("text_encoder.embeddings:out", scale=3.0, tokens=("{subject}",))
 
-    clean = interp.trace(pipe, table, steps=4)
+    clean = interp.trace(pipe, table, steps=steps)
     ds = interp.sweep(pipe, table, over={"site": layers, "tokens": [("{subject}",), ("eos", "pad")]}, corrupted=[noise],
                       intervention=lambda site, tokens: interp.Patch(clean, site, tokens=tokens),
-                      metric="latent_distance", steps=4)  # fmt: skip
+                      metric="latent_distance", steps=steps)  # fmt: skip
 
     print(f"distance of the latents from the clean ones: corrupted {float(ds.corrupted_value.mean()):.2f}")
     for site in ds.site.values:

@@ -19,6 +19,6 @@ def sharpness(run: interp.Run, *, power: int = 2) -> xr.DataArray:
 
 
 if __name__ == "__main__":
-    run = interp.trace("scenes", ["a large red circle on a gray background"], seeds=[0, 1], steps=10)
+    run = interp.trace("scenes", ["a large red circle on a gray background"], seeds=[0, 1], steps=5)
     answer = run.probe(__file__)  # a file, an installed name, or the function itself: sharpness(run)
     print(answer["sharpness"].mean("sample").to_series().round(3).to_string())

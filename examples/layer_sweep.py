@@ -1,6 +1,6 @@
 """Which cross-attention layers carry the prompt? LocoGen's sweep (arXiv:2405.01008): three neighbours read another prompt.
 
-python examples/layer_sweep.py [number of prompts, default 2]
+python examples/layer_sweep.py [number of prompts, default 2] [steps, default 4]
 """
 
 import sys
@@ -10,13 +10,13 @@ from interp.interventions import neighbours
 from interp.probes import plot
 
 if __name__ == "__main__":
-    n = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+    n, steps = (int(given) for given in (*sys.argv[1:], *["2", "4"][len(sys.argv) - 1 :]))
     pairs = [{"prompt": a, "target": b} for a, b in interp.scenes.pairs(n)]
     pipe = interp.load("scenes")
 
     layers = [site.name.removesuffix(":probs") for site in interp.sites(pipe, "*attn2:probs")]
     ds = interp.sweep(pipe, pairs, over={"layers": neighbours(layers, 3)}, intervention=interp.ReplacePrompt("{target}"),
-                      metric=["judge:prompt", "judge:target"], steps=4)  # fmt: skip
+                      metric=["judge:prompt", "judge:target"], steps=steps)  # fmt: skip
 
     for i, names in enumerate(neighbours(layers, 3)):
         prompt, target = (ds.effect_mean.sel(metric=m).values[i] for m in ds.metric.values)

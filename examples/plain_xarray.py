@@ -32,5 +32,5 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         import interp
 
-        interp.trace("scenes", ["a large red circle on a gray background"], steps=10, store="plain_xarray.zarr")
+        interp.trace("scenes", ["a large red circle on a gray background"], steps=5, store="plain_xarray.zarr")
     ask(sys.argv[1] if len(sys.argv) > 1 else "plain_xarray.zarr")

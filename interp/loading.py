@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +13,8 @@ from interp.errors import InterpError, nearest
 
 BUNDLED = "scenes"
 _ORIGIN: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+_KEPT: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
+"""Within `loaded_once`: the pipelines by what was asked for."""
 
 
 def load(
@@ -44,6 +47,9 @@ def load(
     name, device = str(model), device or ("cuda" if torch.cuda.is_available() else "cpu")
     source = _locate(name)
     dtype = dtype or (torch.float16 if device.startswith("cuda") and name != BUNDLED else torch.float32)
+    kept, key = _KEPT.get(), (source, device, dtype, revision)
+    if kept is not None and key in kept:
+        return kept[key]
     try:
         with quiet() if name == BUNDLED else nullcontext():
             pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, dtype=dtype, revision=revision)
@@ -51,7 +57,20 @@ def load(
         first = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise InterpError(f"cannot load model {name!r} ({first}); {_known(name)}") from error
     _ORIGIN[pipe] = {"id": name, "revision": revision or ""}
-    return pipe.to(device)
+    pipe = pipe.to(device)
+    if kept is not None:
+        kept[key] = pipe
+    return pipe
+
+
+@contextmanager
+def loaded_once() -> Iterator[None]:
+    """For several runs of one model: `load` gives the same pipeline again for the same arguments, as long as this lasts."""
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 @contextmanager

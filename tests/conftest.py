@@ -48,12 +48,15 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="module")
-def half_as_wide(tmp_path_factory):
-    """Let the bundled model draw 64 × 64 pixels where nothing else is asked for: its passes take most of a test's time."""
+def a_quarter_as_wide(tmp_path_factory):
+    """Let the bundled model draw 32 × 32 pixels where nothing else is asked for, and load it once.
+
+    Its passes take most of a test's time.
+    """
     from interp import loading
     from interp.scenes import folder
 
-    made, real = tmp_path_factory.mktemp("half") / "scenes", loading._locate
+    made, real = tmp_path_factory.mktemp("quarter") / "scenes", loading._locate
     (made / "unet").mkdir(parents=True)
     for part in folder().iterdir():
         if part.name != "unet":
@@ -61,8 +64,8 @@ def half_as_wide(tmp_path_factory):
     weights = "diffusion_pytorch_model.safetensors"
     (made / "unet" / weights).symlink_to(folder() / "unet" / weights)
     config = json.loads((folder() / "unet" / "config.json").read_text())
-    (made / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": config["sample_size"] // 2}))
-    with pytest.MonkeyPatch.context() as patch:
+    (made / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": config["sample_size"] // 4}))
+    with pytest.MonkeyPatch.context() as patch, loading.loaded_once():
         patch.setattr(loading, "_locate", lambda name: str(made) if name == loading.BUNDLED else real(name))
         yield
 

@@ -9,12 +9,12 @@ import pytest
 
 import interp
 
-pytestmark = pytest.mark.usefixtures("half_as_wide")
+pytestmark = pytest.mark.usefixtures("a_quarter_as_wide")
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SMALL = {
-    "layer_sweep": ["1"], "causal_tracing": ["1"], "prompt_to_prompt": ["1", "4"], "spare_passes": ["2", "2"],
-    "intervene_and_compare": ["5"],
+    "layer_sweep": ["1", "1"], "causal_tracing": ["1", "2"], "prompt_to_prompt": ["1", "3"], "spare_passes": ["2", "2"],
+    "intervene_and_compare": ["3"], "steering": ["1"],
 }  # fmt: skip
 """Numbers of prompts (and steps) where the defaults take long; the scripts' first lines say what they are."""
 

@@ -78,7 +78,9 @@ class Intervention:
             object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else frozen(value))
 
     def __repr__(self) -> str:
-        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        changed = [
+            f"{f.name}={_told(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default
+        ]
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def steps(self, timeline: Timeline) -> frozenset[int]:
@@ -220,6 +222,15 @@ def frozen(value: Any) -> Any:
 def is_number(value: Any, least: float = -math.inf) -> bool:
     """Tell whether a field holds a finite number, of at least so much; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and float(value) >= least
+
+
+def _told(value: Any) -> str:
+    """Return a field's value for a sentence: an array of many numbers (a vector, a mask) by its shape alone."""
+    shape, inner = [], value
+    while isinstance(inner, tuple) and inner:
+        shape.append(len(inner))
+        inner = inner[0]
+    return f"<{'×'.join(map(str, shape))} numbers>" if math.prod(shape) > 32 and is_number(inner) else repr(value)
 
 
 def _listed(value: Any) -> Any:

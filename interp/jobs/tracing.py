@@ -32,6 +32,7 @@ class TraceWork(Work):
         self.store = Path(store)
         self._plan: Plan | None = None
         self._quiet: dict[str, Any] | None = None
+        self._scheduler: Any = None
 
     @cached_property
     def pipe(self) -> Any:
@@ -39,7 +40,7 @@ class TraceWork(Work):
         dtype = getattr(torch, self.job.dtype) if self.job.dtype else None
         pipe = load(self.job.model, dtype=dtype, revision=self.job.revision)
         if self.job.scheduler is not None:
-            pipe.scheduler = _scheduler(pipe, self.job.scheduler)
+            self._scheduler, pipe.scheduler = pipe.scheduler, _scheduler(pipe, self.job.scheduler)
         return pipe
 
     @cached_property
@@ -120,6 +121,8 @@ class TraceWork(Work):
     def close(self) -> None:  # noqa: D102
         if self._quiet is not None:
             self.pipe.set_progress_bar_config(**self._quiet)
+        if self._scheduler is not None:  # the pipeline may not be ours alone
+            self.pipe.scheduler = self._scheduler
 
 
 def _free(path: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from interp.loading import loaded_once
 from interp.reproduction.catalog import chosen, wanted_runs
 from interp.reproduction.experiment import Experiment
 from interp.reproduction.measures import Answer, Estimate, minus
@@ -54,9 +55,8 @@ def reproduce(
     settings.keep(folder)
     if progress:
         print(f"{len(made)} runs in {folder}:\n{cost(made)}", file=sys.stderr)
-    runs: dict[str, Run] = {}
-    for recipe in made:
-        runs[recipe.name] = make(recipe, settings, folder, progress=progress)
+    with loaded_once():
+        runs = {recipe.name: make(recipe, settings, folder, progress=progress) for recipe in made}
     return build_report(folder, settings, experiments, runs, progress=progress)
 
 

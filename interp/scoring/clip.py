@@ -1,6 +1,8 @@
 """Cosines in CLIP: of a picture and its text, and of two pictures (CLIPScore of arXiv:2405.15330, Appendix B)."""
 
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ from interp.errors import InterpError
 from interp.stores import Run
 
 CLIP_MODEL = "openai/clip-vit-base-patch32"
+REMEMBERED = 2**15
+"""Vectors of pictures and texts that are kept: the metrics of a run ask for the same ones several times."""
 
 
 class Clip:
@@ -41,10 +45,44 @@ class ClipImage:
         return (self.model.pictures(images) * self.model.pictures(references)).sum(-1)
 
 
-def encoder(clip_model: str | None, run: Run | None, device: str) -> Any:
+def encoder(clip_model: str | None, run: Run | None, device: str) -> "Encoder":
     """Return what turns pictures and texts into unit vectors of one CLIP."""
     bundled = run is not None and dict(run.attrs.get("pipeline") or {}).get("id") == "scenes"
-    return _Scenes(device) if bundled and clip_model is None else _Hub(clip_model or CLIP_MODEL, device)
+    return _encoder(None if bundled and clip_model is None else clip_model or CLIP_MODEL, device)
+
+
+@cache
+def _encoder(name: str | None, device: str) -> "Encoder":
+    return Encoder(_Scenes(device) if name is None else _Hub(name, device))
+
+
+class Encoder:
+    """Unit vectors of pictures and texts in one CLIP, each computed once as long as it is remembered.
+
+    `clip:prompt`, `clip:target`, `clip_image` and `clip_fid` look at the same pictures, and a reference is one of many.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.features = model, int(model.features)
+        self.seen: dict[Hashable, torch.Tensor] = {}
+
+    def pictures(self, images: np.ndarray) -> torch.Tensor:
+        """Return the vectors (sample, feature) of pictures uint8 (sample, height, width, rgb)."""
+        keys = [(image.shape, blake2b(image.tobytes()).digest()) for image in images]
+        return self._vectors(keys, lambda new: self.model.pictures(images[new]))
+
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return the vectors (sample, feature) of texts."""
+        return self._vectors(texts, lambda new: self.model.texts([texts[i] for i in new]))
+
+    def _vectors(self, keys: Sequence[Hashable], compute: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
+        new = {key: i for i, key in enumerate(keys) if key not in self.seen}
+        if new:
+            self.seen.update(zip(new, compute(list(new.values())), strict=True))
+        found = torch.stack([self.seen[key] for key in keys])
+        for key in list(self.seen)[: max(len(self.seen) - REMEMBERED, 0)]:
+            del self.seen[key]
+        return found
 
 
 class _Scenes:
@@ -55,6 +93,7 @@ class _Scenes:
         from interp.scenes.scoring import Scorer
 
         self.scorer = Scorer.of(folder(), device)
+        self.features = self.scorer.clip.config.projection_dim
 
     def pictures(self, images: np.ndarray) -> torch.Tensor:
         from interp.scenes.scoring import to_tensor
@@ -74,6 +113,7 @@ class _Hub:
         self.device = device
         self.model = loaded(CLIPModel, name, "CLIP", "clip_model").to(device).eval()
         self.processor = loaded(CLIPProcessor, name, "CLIP", "clip_model")
+        self.features = self.model.config.projection_dim
 
     @torch.no_grad()
     def pictures(self, images: np.ndarray) -> torch.Tensor:

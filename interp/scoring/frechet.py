@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from interp.errors import InterpError
-from interp.scoring.clip import encoder
+from interp.scoring.clip import Encoder, encoder
 from interp.scoring.pixels import needing, torchmetrics
 from interp.stores import Run
 
@@ -64,10 +64,9 @@ class ClipFid(Fid):
 class _Clip(torch.nn.Module):
     """CLIP's picture vectors as torchmetrics asks for features: uint8 (sample, rgb, y, x) → (sample, feature)."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Encoder) -> None:
         super().__init__()
-        self.model = model
-        self.num_features = model.pictures(np.zeros((1, 32, 32, 3), "uint8")).shape[1]
+        self.model, self.num_features = model, model.features
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.model.pictures(pictures.permute(0, 2, 3, 1).cpu().numpy())

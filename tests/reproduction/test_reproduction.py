@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import xarray as xr
+from diffusers import DiffusionPipeline
 
 from interp import InterpError
 from interp.reproduction import Settings, reproduce
@@ -41,7 +43,9 @@ def folder(memory_untold: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("reproduction") / "out"
     said = reproduce(out, Settings(**TINY, resamples=200), only=["E4"], progress=False)
     assert said.startswith("E4 ") and not (out / "removal.zarr").exists()
-    said = reproduce(out, Settings(**TINY, resamples=200), progress=False)
+    with mock.patch("diffusers.DiffusionPipeline.from_pretrained", wraps=DiffusionPipeline.from_pretrained) as loaded:
+        said = reproduce(out, Settings(**TINY, resamples=200), progress=False)
+    assert loaded.call_count == 1  # for five runs, one of them with another scheduler
     assert [line.split()[0] for line in said.splitlines()][:14] == [f"E{k}" for k in range(1, 15)]
     return out
 

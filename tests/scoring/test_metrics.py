@@ -92,6 +92,38 @@ def test_fid_in_clip_is_that_of_its_vectors_and_is_made_once(run, monkeypatch):
         score(scored, "clip_fid", again=True)
 
 
+class Counting:
+    """A model whose vectors are what it is given; it notes how many that were."""
+
+    features = 1
+
+    def __init__(self):
+        self.asked = []
+
+    def pictures(self, images):
+        self.asked.append(len(images))
+        return torch.from_numpy(images[:, 0, 0, :1].astype("float32"))
+
+    def texts(self, texts):
+        self.asked.append(len(texts))
+        return torch.tensor([[float(len(t))] for t in texts])
+
+
+def test_a_vector_is_computed_once_as_long_as_it_is_remembered(monkeypatch):
+    from interp.scoring import clip
+
+    encoder, number = clip.Encoder(Counting()), torch.arange(5, dtype=torch.uint8)
+    images = number[:, None, None, None].expand(-1, 4, 4, 3).numpy()
+    assert encoder.pictures(images[[3, 1, 3]]).flatten().tolist() == [3, 1, 3]
+    assert encoder.pictures(images).flatten().tolist() == [0, 1, 2, 3, 4]
+    assert encoder.texts(["abc", "a", "abc"]).flatten().tolist() == [3, 1, 3]
+    assert encoder.pictures(images.reshape(5, 2, 8, 3)).flatten().tolist() == [0, 1, 2, 3, 4]  # of another shape
+    assert encoder.model.asked == [2, 3, 2, 5]
+    monkeypatch.setattr(clip, "REMEMBERED", 3)
+    assert encoder.pictures(images).flatten().tolist() == [0, 1, 2, 3, 4]
+    assert len(encoder.seen) == 3 and encoder.pictures(images[:2]).flatten().tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(("metric", "needs"), [("lpips", "torchvision"), ("fid", "torch-fidelity")])
 def test_what_is_not_installed_is_named(run, metric, needs):
     try:
