@@ -160,13 +160,18 @@ def _weights_hash(module: torch.nn.Module) -> str:
     """A digest of a few values of every parameter: a resumed run must not go on with other weights."""
     unknown = in_files(module)
     here = {n: p for n, p in sorted(module.named_parameters()) if p.device.type != "meta" and id(p) not in unknown}
-    few = {n: p.detach().flatten()[:: max(1, p.numel() // 4)][:4].float() for n, p in here.items()}
-    values: dict[str, torch.Tensor] = {}
-    for device in {t.device for t in few.values()}:  # waited for once, not for every parameter
-        on = {n: t for n, t in few.items() if t.device == device}
-        values |= dict(zip(on, torch.cat(list(on.values())).cpu().split([len(t) for t in on.values()]), strict=True))
+    alike: dict[Any, dict[str, torch.Tensor]] = {}  # by device and dtype: waited for once, not for every parameter
+    for name, p in here.items():
+        apart = max(1, p.numel() // 4)
+        alike.setdefault((p.device, p.dtype), {})[name] = p.flatten()[: 4 * apart : apart]
+    values: dict[str, bytes] = {}
+    for few in alike.values():
+        data, end = torch.cat(list(few.values())).float().cpu().numpy().tobytes(), 0
+        for name, some in few.items():
+            end, start = end + 4 * len(some), end
+            values[name] = data[start:end]
     digest = hashlib.sha256()
     for name in here:
         digest.update(name.encode())
-        digest.update(values[name].numpy().tobytes())
+        digest.update(values[name])
     return digest.hexdigest()[:16]

@@ -69,7 +69,7 @@ def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 def _groups(module: torch.nn.Module) -> list[Any]:
     """The group of weights of diffusers' group offload that a module's call brings, if any."""
-    registry = getattr(module, "_diffusers_hook", None)
+    registry = vars(module).get("_diffusers_hook")  # not getattr: what is not there takes a module long to say
     found = [getattr(hook, "group", None) for hook in ([] if registry is None else registry.hooks.values())]
     return [group for group in found if hasattr(group, "onload_device")]
 

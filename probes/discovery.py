@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import re
 import sys
 import warnings
@@ -67,7 +68,7 @@ def plugins(group: str) -> list[Plugin]:
 
 def _places() -> tuple[tuple[str, int], ...]:
     """Where distributions are looked for, and when something was last installed or removed there."""
-    return tuple((p, Path(p).stat().st_mtime_ns) for p in sys.path if Path(p).is_dir())
+    return tuple((p, os.stat(p or ".").st_mtime_ns) for p in sys.path if os.path.isdir(p or "."))
 
 
 @lru_cache(maxsize=64)

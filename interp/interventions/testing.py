@@ -99,14 +99,16 @@ def check_intervention(
         "identity": partial(_identity, case),
         "window": partial(_window, case),
         "has an effect": partial(_effect, case),
-        "same again": partial(_again, case),
         "nothing is left": partial(_left, case),
+        "same again": partial(_again, case),
         "nothing is left after an exception": partial(_exception, case),
         "batch of two": partial(_batch, case, tolerance),
         "forward passes": partial(_passes, case),
     }
-    others = _schedulers(pipe) if schedulers is None else schedulers
-    found |= {f"window with {name}": partial(_with_scheduler, case, one) for name, one in others.items()}
+    others = (
+        _schedulers(pipe) if schedulers is None else {name: lambda one=one: one for name, one in schedulers.items()}
+    )
+    found |= {f"window with {name}": partial(_with_scheduler, case, make) for name, make in others.items()}
     unknown = [name for name in only if name not in found]
     if unknown:
         raise InterpError(f"check_intervention(only=…) has no check {unknown[0]!r}{nearest(unknown[0], found)}")
@@ -115,12 +117,15 @@ def check_intervention(
             yield Check(name, body)
 
 
-def _schedulers(pipe: Any) -> dict[str, Any]:
+def _schedulers(pipe: Any) -> dict[str, Callable[[], Any]]:
     if is_flow(pipe.scheduler):
         return {}
     import diffusers
 
-    return {n: getattr(diffusers, c).from_config(pipe.scheduler.config, **more) for n, (c, more) in SCHEDULERS.items()}
+    return {
+        name: partial(getattr(diffusers, cls).from_config, pipe.scheduler.config, **more)
+        for name, (cls, more) in SCHEDULERS.items()
+    }
 
 
 def _spec(case: Trial) -> None:
@@ -199,7 +204,7 @@ def _left(case: Trial) -> None:
     """The pipeline is as it was, and gives what it gave."""
     before = case.fresh
     with untouched(case.pipe):
-        case.trace({"whole": [case.change]})
+        case.run("again", anew=True)
     assert torch.equal(case.plain(), before), "the pipeline gives other pictures after the run than before"
 
 
@@ -252,9 +257,9 @@ def _passes(case: Trial) -> None:
         )
 
 
-def _with_scheduler(case: Trial, scheduler: Any) -> None:
+def _with_scheduler(case: Trial, make: Callable[[], Any]) -> None:
     """With another scheduler, too, steps are sampling steps."""
-    with scheduled(case.pipe, scheduler):
+    with scheduled(case.pipe, make()):
         if case.late is not None:
             _late(case, case.baseline, case.trace({"late": [case.late]}))
 

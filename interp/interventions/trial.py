@@ -17,7 +17,19 @@ from interp.planning import Plan, plan
 from interp.stores import Run
 from interp.tracing import call_arguments, trace
 
-_BASELINES: WeakKeyDictionary[Any, dict[str, Run]] = WeakKeyDictionary()
+_CAPTURE = Capture(attention=None, noise_pred=False, image=False)
+
+
+@dataclass
+class _Unchanged:
+    """What a pipeline gives unchanged: its plan, its run, and what a plain call gave before any change."""
+
+    planned: Plan
+    run: Run | None = None
+    fresh: torch.Tensor | None = None
+
+
+_UNCHANGED: WeakKeyDictionary[Any, dict[str, _Unchanged]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -35,20 +47,24 @@ class Trial:
         """Sampling steps of every run."""
         return int(self.settings["steps"])
 
-    @cached_property
-    def planned(self) -> Plan:
-        """The plan of the unchanged run."""
-        return plan(self.pipe, self.table, capture=Capture(attention=None, image=False), **self.settings)
+    @property
+    def _unchanged(self) -> _Unchanged:
+        """One for all interventions that are tried on the pipeline."""
+        known = _UNCHANGED.setdefault(self.pipe, {})
+        key = json.dumps([self.settings, self.table, type(self.pipe.scheduler).__name__], default=str)
+        if key not in known:
+            known[key] = _Unchanged(plan(self.pipe, self.table, capture=_CAPTURE, **self.settings))
+        return known[key]
 
     @property
     def timeline(self) -> Timeline:
         """The noise levels of the runs."""
-        return self.planned.timeline
+        return self._unchanged.planned.timeline
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments of the pipeline's call."""
-        return self.planned.arguments
+        return self._unchanged.planned.arguments
 
     @cached_property
     def late(self) -> Intervention | None:
@@ -64,7 +80,7 @@ class Trial:
     def _has_windows(self, one: Intervention) -> bool:
         """Whether it may be at work in some steps only: text encoders run before the first one."""
         try:
-            plan(self.pipe, self.table, interventions=[one], **self.settings)
+            plan(self.pipe, self.table, interventions=[one], capture=_CAPTURE, **self.settings)
         except InterpError as error:
             assert "window" in str(error), f"a window was refused for another reason than that it is one: {error}"
             return False
@@ -72,24 +88,21 @@ class Trial:
 
     def trace(self, conditions: Mapping[str, Sequence[Intervention]], batch_size: int = 2) -> Run:
         """Run conditions, recording what the checks compare."""
-        capture = Capture(attention=None, noise_pred=False, image=False)
         return trace(
-            self.pipe, self.table, conditions=conditions, capture=capture, batch_size=batch_size, progress=False,
+            self.pipe, self.table, conditions=conditions, capture=_CAPTURE, batch_size=batch_size, progress=False,
             **self.settings,
         )  # fmt: skip
 
     @property
     def baseline(self) -> Run:
-        """The unchanged run; one for all interventions that are tried on the pipeline."""
-        known = _BASELINES.setdefault(self.pipe, {})
-        key = json.dumps([self.settings, self.table, type(self.pipe.scheduler).__name__], default=str)
-        if key not in known:
-            known[key] = self.trace({"baseline": []})
-        return known[key]
+        """The unchanged run."""
+        unchanged = self._unchanged
+        unchanged.run = self.trace({"baseline": []}) if unchanged.run is None else unchanged.run
+        return unchanged.run
 
-    def run(self, name: str) -> Run:
-        """One of the changed runs: `whole`, `again`, `identity`, `late`."""
-        if name not in self._runs:
+    def run(self, name: str, anew: bool = False) -> Run:
+        """One of the changed runs: `whole`, `again`, `identity`, `late`; made now, if `anew` or if it was not yet."""
+        if anew or name not in self._runs:
             change = {"identity": self.change.identity, "late": lambda: self.late}.get(name, lambda: self.change)()
             assert change is not None
             self._runs[name] = self.trace({name: [change]})
@@ -97,10 +110,12 @@ class Trial:
 
     def plain(self) -> torch.Tensor:
         """The pipeline called as a user does, without anything of this package."""
-        output = self.pipe(**call_arguments(self.pipe, self.planned, range(len(self.table))))
+        output = self.pipe(**call_arguments(self.pipe, self._unchanged.planned, range(len(self.table))))
         return (output[0] if isinstance(output, tuple) else output.images).clone()
 
-    @cached_property
+    @property
     def fresh(self) -> torch.Tensor:
-        """What the pipeline gave before it was changed for the first time."""
-        return self.plain()
+        """What the pipeline gave before this was asked for the first time."""
+        unchanged = self._unchanged
+        unchanged.fresh = self.plain() if unchanged.fresh is None else unchanged.fresh
+        return unchanged.fresh

@@ -230,7 +230,7 @@ def test_a_wrong_intervention_is_told(how, said, name):
 
 def test_weights_that_stay_changed_are_told():
     pipe = tiny.__wrapped__("sd1")
-    (check,) = check_intervention(Broken(how="weights"), pipe, only=["nothing is left"])
+    (check,) = check_intervention(Broken(how="weights"), pipe, only=["nothing is left"], size=(16, 16))
     with pytest.raises(AssertionError, match="other pictures"):
         check()
 
