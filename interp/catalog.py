@@ -12,7 +12,7 @@ from interp.families import Arguments, AttentionSite, Family, find_family
 from interp.observing import HookProbs
 from interp.patterns import REGEX, matching
 from interp.structure import structure
-from interp.undressing import on_meta, without_data
+from interp.undressing import dry
 
 ALIASES = {"pattern": "probs", "attn": "probs", "output": "out", "input": "in"}
 _DRY_RUNS: dict[Hashable, Any] = {}
@@ -155,19 +155,12 @@ def _dry_run(family: Family, arguments: Arguments) -> tuple[dict[str, tuple[int,
                 continue
             undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             undo.callback(module.register_forward_hook(lambda _, args, out, path=path: leave(path, out)).remove)
-        # the fallback gets its inputs by calling the pipeline, which meta tensors do not bear
-        ways = [without_data] if family.fallback else [on_meta, without_data]
-        for lend in ways:
-            try:
-                with lend(denoiser):
-                    inputs = family.dry_inputs(arguments)
-                    leave(
-                        "", denoiser.forward(*inputs.args, **inputs.kwargs)
-                    )  # not its __call__, a registry may hold it
-                break
-            except Exception:  # a model that keeps tensors beside its weights, or looks at values
-                if lend is ways[-1]:
-                    raise
+
+        def call() -> None:
+            inputs = family.dry_inputs(arguments)
+            leave("", denoiser.forward(*inputs.args, **inputs.kwargs))  # not its __call__, a registry may hold it
+
+        dry(denoiser, call, at_home=family.fallback)  # which gets its inputs by calling the pipeline
     return shapes, grids
 
 

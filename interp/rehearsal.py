@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from interp.families import Arguments, DenoiserInputs, Family
 from interp.hooks import At, HookRegistry
 from interp.structure import structure
-from interp.undressing import without_data
+from interp.undressing import dry
 
 LATENTS, TEXT = "latents", "text"
 BESIDE = "text beside"
@@ -123,10 +123,15 @@ def _met(family: Family, sites: Sequence[str], arguments: Arguments) -> dict[str
     with family.rehearsing(), HookRegistry(family.pipe, family) as hooks:
         for site in sites:
             hooks.read(site, meet)
-        with without_data(family.denoiser), following:
-            inputs = family.dry_inputs(arguments)
-            _mark(family, inputs, following)
-            hooks.rehearse(inputs)
+
+        def call() -> None:
+            found.clear()
+            with following:
+                inputs = family.dry_inputs(arguments)
+                _mark(family, inputs, following)
+                hooks.rehearse(inputs)
+
+        dry(family.denoiser, call, at_home=family.fallback)
     return found
 
 

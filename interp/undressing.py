@@ -4,8 +4,9 @@ So it can be run on tensors without data, which tells shapes and sizes and compu
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
@@ -15,6 +16,7 @@ from interp.observing import NAME, HookProbs
 from interp.offloading import runs_on
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+T = TypeVar("T")
 
 
 @contextmanager
@@ -68,6 +70,21 @@ def without_data(module: torch.nn.Module) -> Iterator[str]:
     weightless = stood_in(module) if offloaded else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device(device), weightless:
         yield torch.device(device).type
+
+
+def dry(module: torch.nn.Module, call: Callable[[], T], at_home: bool = False) -> T:
+    """Make a call on tensors without data: on the meta device, which is quick; on the module's own where it fails there.
+
+    Some models keep tensors beside their weights, or look at values. `at_home`: on the module's own device at once.
+    """
+    if not at_home:
+        try:
+            with on_meta(module):
+                return call()
+        except Exception:  # whatever it was, the other way tells whether it matters
+            pass
+    with without_data(module):
+        return call()
 
 
 @contextmanager

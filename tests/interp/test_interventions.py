@@ -1,5 +1,7 @@
 """Interventions equal an explicitly written sampling loop, to the last bit; their windows, claims and specs."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,11 @@ def traced(pipe, *changes, prompts=A, steps=STEPS, scale=SCALE, capture=BARE, se
         pipe, prompts, seeds=seeds, steps=steps, guidance_scale=scale, capture=capture, batch_size=2,
         interventions=changes, progress=False, **more,
     )  # fmt: skip
+
+
+@cache
+def unchanged(name="sd1", steps=STEPS):
+    return traced(tiny(name), steps=steps)
 
 
 def looped(pipe, *, prompt=A, steps=STEPS, **more):
@@ -86,17 +93,15 @@ def test_removing_a_branch_on_sdxl():
     """XL has more inputs with rows (pooled states, sizes). The reference runs one branch through the pipeline itself."""
     pipe = tiny("sdxl")
     with untouched(pipe):
-        run = traced(pipe, interp.RemoveGuidance())
+        run = traced(pipe, interp.RemoveGuidance(), steps=3)
     generators = [torch.Generator().manual_seed(s) for s in SEEDS]
-    want = pipe(
-        [A] * 2, num_inference_steps=STEPS, guidance_scale=1.0, generator=generators, output_type="latent"
-    ).images
+    want = pipe([A] * 2, num_inference_steps=3, guidance_scale=1.0, generator=generators, output_type="latent").images
     assert np.array_equal(run.final_latents.values, want.numpy())
     zeros, pooled = torch.zeros(2, 77, 64), torch.zeros(2, 32)
     ids = torch.tensor([[16, 16, 0, 0, 16, 16.0]] * 2)
     added = {b: {"text_embeds": pooled, "time_ids": ids} for b in ("cond", "uncond")}
-    want = sample(pipe, zeros, zeros, SEEDS, STEPS, keep=lambda i: ("uncond",), added=added)
-    run = traced(pipe, interp.RemoveText())
+    want = sample(pipe, zeros, zeros, SEEDS, 3, keep=lambda i: ("uncond",), added=added)
+    run = traced(pipe, interp.RemoveText(), steps=3)
     assert np.array_equal(run.final_latents.values, want.final.numpy())
 
 
@@ -154,7 +159,7 @@ def test_replace_eos_equals_edited_embeddings(align, window, steps):
     with untouched(pipe):
         run = traced(pipe, interp.ReplaceEOS(B, align=align, **window))
     assert same(run, looped(pipe, text=lambda i, c: edited if i in steps else c))
-    assert not np.array_equal(run.final_latents.values, traced(pipe).final_latents.values)
+    assert not np.array_equal(run.final_latents.values, unchanged().final_latents.values)
 
 
 def test_a_longer_prompt_receives_a_shorter_ones_eos():
@@ -185,8 +190,7 @@ def test_replace_prompt_equals_the_other_prompt():
     ],
 )
 def test_the_same_prompt_changes_nothing(name, kind):
-    pipe = tiny(name)
-    base = traced(pipe, steps=2)
+    pipe, base = tiny(name), unchanged(name, 2)
     for change in (kind(A), kind(A, layers="*"), kind("{prompt}", side="v")):
         assert np.array_equal(traced(pipe, change, steps=2).final_latents.values, base.final_latents.values), change
 
@@ -195,16 +199,16 @@ def test_the_same_prompt_changes_nothing(name, kind):
 @pytest.mark.parametrize("kind", [interp.ReplaceEOS, interp.ReplacePrompt])
 def test_all_layers_equal_the_whole_prompt(name, kind):
     pipe = tiny(name)
-    whole, layers, base = (traced(pipe, *c, steps=2) for c in ([kind(B)], [kind(B, layers="*")], []))
+    whole, layers = (traced(pipe, change, steps=2) for change in (kind(B), kind(B, layers="*")))
     assert np.array_equal(whole.final_latents.values, layers.final_latents.values)
-    assert not np.array_equal(whole.final_latents.values, base.final_latents.values)
+    assert not np.array_equal(whole.final_latents.values, unchanged(name, 2).final_latents.values)
 
 
 def test_replace_prompt_on_sdxl_equals_the_other_prompt():
     pipe = tiny("sdxl")
-    run, other = traced(pipe, interp.ReplacePrompt(B)), traced(pipe, prompts=B)
+    run, other = traced(pipe, interp.ReplacePrompt(B), steps=3), traced(pipe, prompts=B, steps=3)
     assert np.array_equal(run.final_latents.values, other.final_latents.values)
-    kept = traced(pipe, interp.ReplacePrompt(B, pooled="keep"))
+    kept = traced(pipe, interp.ReplacePrompt(B, pooled="keep"), steps=3)
     assert not np.array_equal(kept.final_latents.values, run.final_latents.values)
 
 
@@ -228,7 +232,7 @@ def test_one_side_equals_hooks_on_the_projection(side):
 
 def test_one_side_in_all_layers_differs_from_the_other():
     pipe = tiny("sd1")
-    runs = [traced(pipe, interp.ReplacePrompt(B, side=s)).final_latents.values for s in ("k", "v", "kv")]
+    runs = [traced(pipe, interp.ReplacePrompt(B, side=s), steps=2).final_latents.values for s in ("k", "v", "kv")]
     assert not any(np.array_equal(runs[i], runs[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
@@ -258,8 +262,7 @@ def test_text_and_branch_together():
     interp.ReplacePrompt(B, start=2, stop=2, unit="step", layers="*"), interp.ReplacePrompt(B, stop=0.0, side="k"),
 ], ids=repr)  # fmt: skip
 def test_an_empty_window_changes_nothing(change):
-    pipe = tiny("sd1")
-    run, base = traced(pipe, change), traced(pipe)
+    run, base = traced(tiny("sd1"), change), unchanged()
     assert np.array_equal(run.latents.values, base.latents.values)
     assert np.array_equal(run.final_latents.values, base.final_latents.values)
     assert np.array_equal(run.nfe.values, base.nfe.values)
