@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import os
 import re
 import sys
 import warnings
@@ -68,7 +67,7 @@ def plugins(group: str) -> list[Plugin]:
 
 def _places() -> tuple[tuple[str, int], ...]:
     """Where distributions are looked for, and when something was last installed or removed there."""
-    return tuple((p, os.stat(p or ".").st_mtime_ns) for p in sys.path if os.path.isdir(p or "."))
+    return tuple((name, place.stat().st_mtime_ns) for name in sys.path if (place := Path(name)).is_dir())
 
 
 @lru_cache(maxsize=64)

@@ -361,7 +361,15 @@ def test_other_cross_attention_by_keys_and_values(name):
 
     def latents(*changes):
         run = interp.trace(
-            tiny(name), TABLE, seeds=5, steps=1, capture=BARE, interventions=changes, batch_size=2, progress=False, **more
+            tiny(name),
+            TABLE,
+            seeds=5,
+            steps=1,
+            capture=BARE,
+            interventions=changes,
+            batch_size=2,
+            progress=False,
+            **more,
         )
         return run.final_latents.values
 
