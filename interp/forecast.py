@@ -93,12 +93,16 @@ def peak_memory(family: Family, plan: "Plan", recorded: bool = True) -> int:
         plan: What is recorded.
         recorded: False counts the same call untraced.
     """
+    return max(plan.memory_around, weights(family.pipe, family.denoisers.values()) + _denoising(family, plan, recorded))
+
+
+def memory_around(family: Family, plan: "Plan") -> int:
+    """Bytes of device memory at the peak of what comes before the denoising and after it, which no recording changes."""
     held = partial(weights, family.pipe)
     encoding = [held([encoder]) + working for encoder, working in _encoding(family, plan)]
-    denoising = held(family.denoisers.values()) + _denoising(family, plan, recorded)
     vae: Any = getattr(family.pipe, "vae", None)
     decoding = held([vae]) + _decoding(family, plan, vae) if plan.capture.image and hasattr(vae, "decode") else 0
-    return max(*encoding, denoising, decoding)
+    return max(*encoding, decoding, 0)
 
 
 def _encoding(family: Family, plan: "Plan") -> Iterator[tuple[torch.nn.Module, int]]:

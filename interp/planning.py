@@ -14,7 +14,7 @@ from interp.clock import Timeline, timeline
 from interp.costs import planned_bytes
 from interp.errors import InterpError
 from interp.families import Arguments, Family, find_family
-from interp.forecast import peak_memory
+from interp.forecast import memory_around, peak_memory
 from interp.interventions import Batch, Intervention, check_all, evaluated_branches
 from interp.layouts import run_attrs, run_groups
 from interp.plan_arguments import (
@@ -97,6 +97,11 @@ class Plan:
     def memory_untraced(self) -> int:
         """Bytes of device memory at the peak of the same calls when nothing is recorded."""
         return peak_memory(self.family, self, recorded=False)
+
+    @cached_property
+    def memory_around(self) -> int:
+        """Bytes of device memory at the peak of reading the text and of decoding the pictures, recorded or not."""
+        return memory_around(self.family, self)
 
     def _memory_told(self) -> str:
         try:

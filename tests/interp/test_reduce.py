@@ -148,9 +148,10 @@ def test_sums_brought_to_the_largest_grid_and_appended_calls() -> None:
     capture = interp.Capture(**{**EVERY, "branches": ("cond",)}, reduce=["daam"])
     with interp.record(pipe, capture=capture) as recording:
         for prompt in ("a red circle", "a large blue star"):
-            pipe(prompt, num_inference_steps=2, guidance_scale=4.0, output_type="latent")
+            pipe(prompt, num_inference_steps=2, guidance_scale=4.0, height=64, width=64, output_type="latent")
     run = recording.run
-    daam, want = run.site("daam"), summed(run, (32, 32))
+    daam, want = run.site("daam"), summed(run, (16, 16))
+    assert len(run.grids) > 1
     width = min(want.shape[2], daam.sizes["token"])
     used = (daam.token_role.values != "")[:, :width]
     got = daam.values[:, 0, 0, :width]
