@@ -69,7 +69,7 @@ class Plan:
     def __len__(self) -> int:
         return len(self.layout)
 
-    @property
+    @cached_property
     def bytes_by_array(self) -> dict[str, int]:
         """Bytes of each array's files, before compression; metadata under `""`."""
         kept = self.capture.chosen_steps(len(self.timeline))
