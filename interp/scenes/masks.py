@@ -41,11 +41,13 @@ def intersection_over_union(maps: Tensor, masks: Tensor) -> Tensor:
     low = maps.amin(1, keepdim=True)
     span = maps.amax(1, keepdim=True) - low
     scaled = (maps - low) / torch.where(span > 0, span, 1)
-    found = []
-    for threshold in THRESHOLDS:
-        taken = scaled >= threshold - 1e-9
-        found.append((taken & masks).sum(1).double() / (taken | masks).sum(1))
-    return torch.stack(found, 1)
+    edges = torch.tensor([t - 1e-9 for t in THRESHOLDS], dtype=scaled.dtype, device=maps.device)
+    steps = len(THRESHOLDS) + 1
+    reached = torch.bucketize(scaled, edges, right=True) + steps * masks  # how many thresholds, the mask's pixels apart
+    number = torch.zeros(len(maps), 2 * steps, dtype=torch.long, device=maps.device)
+    number.scatter_add_(1, reached, torch.ones_like(reached))
+    outside, inside = number.view(-1, 2, steps).flip(2).cumsum(2).flip(2)[..., 1:].unbind(1)
+    return inside.double() / (outside + masks.sum(1, keepdim=True))
 
 
 def own_object(maps: Tensor, masks: Tensor, others: Tensor) -> Tensor:
