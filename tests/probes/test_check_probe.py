@@ -74,7 +74,7 @@ def test_every_declared_probe_is_checked_and_on_the_page(built_in_probes):
 
 
 def test_parameters_are_passed_on():
-    for check in check_probe(frequency_energy, data="predicted", mask="disc"):
+    for check in check_probe(frequency_energy, MADE, data="predicted", mask="disc"):
         if check.name != "without noise_pred":
             check()
 
@@ -242,7 +242,7 @@ def greedy(run):
 
 def failures(which, names=None):
     failed = set()
-    for check in check_probe(which):
+    for check in check_probe(which, synthetic_run if which is vandal else MADE):
         if names is None or check.name in names:
             try:
                 check()
