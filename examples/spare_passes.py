@@ -73,7 +73,7 @@ if __name__ == "__main__":
         for judge in JUDGES:
             loss = part.scores.sel(metric=judge).values - base.scores.sel(metric=judge).values
             _, (low, _) = mean_interval(loss, units)
-            inferior.append(not low > -0.01 * float(base.scores.sel(metric=judge).mean()))
+            inferior.append(not low > -0.01 * abs(float(base.scores.sel(metric=judge).mean())))
         table[name] = saved, part.scores, any(inferior)
         means = " | ".join(told(part.scores.sel(metric=m).values) for m in METRICS)
         print(f"| {name} | {saved:.0%} | {means} | {'inferior or unsure' if any(inferior) else 'not inferior'} |")

@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, no network, no chatter."""
 
+import contextlib
 import gc
 import json
 import os
@@ -53,21 +54,47 @@ def a_quarter_as_wide(tmp_path_factory):
 
     Its passes take most of a test's time.
     """
-    from interp import loading
     from interp.scenes import folder
 
-    made, real = tmp_path_factory.mktemp("quarter") / "scenes", loading._locate
+    weights = "diffusion_pytorch_model.safetensors"
+    with _bundled(tmp_path_factory.mktemp("quarter")) as (unet, config):
+        (unet / "config.json").write_text(json.dumps(config))
+        (unet / weights).symlink_to(folder() / "unet" / weights)
+        yield
+
+
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory):
+    """The same, with an untrained UNet of a quarter of the channels: where no picture matters, but what is done with them."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with _bundled(tmp_path_factory.mktemp("thin")) as (unet, config):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            channels = [n // 4 for n in config["block_out_channels"]]
+            made = UNet2DConditionModel.from_config({**config, "block_out_channels": channels, "norm_num_groups": 4})
+        for name, weight in made.named_parameters():
+            if ".attn2.to_" in name and weight.ndim == 2:
+                weight.data *= 4  # or the text would hardly be seen
+        made.save_pretrained(unet)
+        yield
+
+
+@contextlib.contextmanager
+def _bundled(folder):
+    """Let the bundled model have the UNet that will be put into a folder; yield that and the configuration of a narrow one."""
+    from interp import loading, scenes
+
+    made, real = folder / "scenes", loading._locate
     (made / "unet").mkdir(parents=True)
-    for part in folder().iterdir():
+    for part in scenes.folder().iterdir():
         if part.name != "unet":
             (made / part.name).symlink_to(part)
-    weights = "diffusion_pytorch_model.safetensors"
-    (made / "unet" / weights).symlink_to(folder() / "unet" / weights)
-    config = json.loads((folder() / "unet" / "config.json").read_text())
-    (made / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": config["sample_size"] // 4}))
+    config = json.loads((scenes.folder() / "unet" / "config.json").read_text())
     with pytest.MonkeyPatch.context() as patch, loading.loaded_once():
         patch.setattr(loading, "_locate", lambda name: str(made) if name == loading.BUNDLED else real(name))
-        yield
+        yield made / "unet", {**config, "sample_size": config["sample_size"] // 4}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import xarray as xr
 
 from interp import cli
 
-pytestmark = pytest.mark.usefixtures("a_quarter_as_wide", "memory_untold")
+pytestmark = pytest.mark.usefixtures("thin", "memory_untold")
 
 
 @dataclass
@@ -53,7 +53,7 @@ def test_the_installed_command_runs() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(a_quarter_as_wide: None, memory_untold: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(thin: None, memory_untold: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "run.zarr"
     done = interp(
         *("trace", "scenes", "a red circle", "a blue star", "--out", str(path), "--steps", "3", "--seeds", "0-1"),

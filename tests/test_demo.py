@@ -12,11 +12,11 @@ import interp
 from interp.demo import run_demo
 from interp.demo.story import PAIRS
 
-pytestmark = pytest.mark.usefixtures("a_quarter_as_wide")
+pytestmark = pytest.mark.usefixtures("thin")
 
 
 @pytest.fixture(scope="module")
-def out(a_quarter_as_wide: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(thin: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "demo"
     folder.parent.joinpath("said.txt").write_text(run_demo(folder, steps=5, pairs=PAIRS[1:3]))
     return folder

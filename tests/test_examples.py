@@ -9,7 +9,7 @@ import pytest
 
 import interp
 
-pytestmark = pytest.mark.usefixtures("a_quarter_as_wide")
+pytestmark = pytest.mark.usefixtures("thin")
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SMALL = {

@@ -11,7 +11,7 @@ from interp.cli import app
 from interp.stores import open_run
 from tests.test_cli import interp
 
-pytestmark = pytest.mark.usefixtures("a_quarter_as_wide", "memory_untold")
+pytestmark = pytest.mark.usefixtures("thin", "memory_untold")
 
 PAGE = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text(encoding="utf-8")
 

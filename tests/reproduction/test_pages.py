@@ -13,7 +13,7 @@ from interp.scenes.marked import filled
 from tests.reproduction.notebook import execute
 from tests.reproduction.summary import table
 
-pytestmark = pytest.mark.usefixtures("memory_untold")
+pytestmark = pytest.mark.usefixtures("thin", "memory_untold")
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")

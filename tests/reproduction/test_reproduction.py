@@ -25,7 +25,7 @@ from interp.reproduction.runs import Recipe, metrics_of
 from interp.stores import open_run, synthetic_run
 from tests.test_cli import interp
 
-pytestmark = pytest.mark.usefixtures("memory_untold")
+pytestmark = pytest.mark.usefixtures("thin", "memory_untold")
 
 TINY = {
     "pairs": 2,
@@ -38,7 +38,7 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def folder(memory_untold: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(thin: None, memory_untold: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reproduction that began with one experiment and then grew to all."""
     out = tmp_path_factory.mktemp("reproduction") / "out"
     said = reproduce(out, Settings(**TINY, resamples=200), only=["E4"], progress=False)
