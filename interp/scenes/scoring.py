@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from interp.errors import InterpError
 from interp.loading import quiet
+from interp.remembering import Memory, picture_keys
 from interp.scenes import folder as bundled
 from interp.scenes.grammar import (
     BACKGROUNDS,
@@ -28,6 +29,7 @@ from interp.scenes.grammar import (
 from interp.scenes.parts import FULL, Judge
 
 _BATCH = 64
+_VERDICTS = Memory()
 
 
 def alignment(images: Any, prompts: Sequence[str]) -> np.ndarray:
@@ -59,7 +61,7 @@ def judge(images: Any) -> list[Verdict]:
     >>> judge(picture.images)[0].background == picture.scenes[0].background
     True
     """
-    return Scorer.of(bundled()).judge(to_tensor(images))
+    return _seen(to_tensor(images))
 
 
 def agreement(images: Any, prompts: Sequence[str]) -> np.ndarray:
@@ -76,8 +78,13 @@ def agreement(images: Any, prompts: Sequence[str]) -> np.ndarray:
     pictures = to_tensor(images)
     _check(len(pictures), prompts)
     named = [parse(prompt) for prompt in prompts]
-    seen = Scorer.of(bundled()).judge(pictures)
+    seen = _seen(pictures)
     return np.array([agreement_of(a, b) for a, b in zip(named, seen, strict=True)])
+
+
+def _seen(pictures: Tensor) -> list[Verdict]:
+    """What the judge sees, of each picture once: it is asked about the same ones for the prompt and for the target."""
+    return _VERDICTS.recall(picture_keys(pictures.numpy()), lambda new: Scorer.of(bundled()).judge(pictures[new]))
 
 
 def _check(n: int, prompts: Sequence[str]) -> None:

@@ -1,19 +1,17 @@
 """Cosines in CLIP: of a picture and its text, and of two pictures (CLIPScore of arXiv:2405.15330, Appendix B)."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import torch
 
 from interp.errors import InterpError
+from interp.remembering import Memory, picture_keys
 from interp.stores import Run
 
 CLIP_MODEL = "openai/clip-vit-base-patch32"
-REMEMBERED = 2**15
-"""Vectors of pictures and texts that are kept: the metrics of a run ask for the same ones several times."""
 
 
 class Clip:
@@ -63,26 +61,15 @@ class Encoder:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.features = model, int(model.features)
-        self.seen: dict[Hashable, torch.Tensor] = {}
+        self.model, self.features, self.memory = model, int(model.features), Memory()
 
     def pictures(self, images: np.ndarray) -> torch.Tensor:
         """Return the vectors (sample, feature) of pictures uint8 (sample, height, width, rgb)."""
-        keys = [(image.shape, blake2b(image.tobytes()).digest()) for image in images]
-        return self._vectors(keys, lambda new: self.model.pictures(images[new]))
+        return torch.stack(self.memory.recall(picture_keys(images), lambda new: self.model.pictures(images[new])))
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the vectors (sample, feature) of texts."""
-        return self._vectors(texts, lambda new: self.model.texts([texts[i] for i in new]))
-
-    def _vectors(self, keys: Sequence[Hashable], compute: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
-        new = {key: i for i, key in enumerate(keys) if key not in self.seen}
-        if new:
-            self.seen.update(zip(new, compute(list(new.values())), strict=True))
-        found = torch.stack([self.seen[key] for key in keys])
-        for key in list(self.seen)[: max(len(self.seen) - REMEMBERED, 0)]:
-            del self.seen[key]
-        return found
+        return torch.stack(self.memory.recall(texts, lambda new: self.model.texts([texts[i] for i in new])))
 
 
 class _Scenes:

@@ -109,7 +109,7 @@ class Counting:
         return torch.tensor([[float(len(t))] for t in texts])
 
 
-def test_a_vector_is_computed_once_as_long_as_it_is_remembered(monkeypatch):
+def test_a_vector_is_computed_once_as_long_as_it_is_remembered():
     from interp.scoring import clip
 
     encoder, number = clip.Encoder(Counting()), torch.arange(5, dtype=torch.uint8)
@@ -119,9 +119,9 @@ def test_a_vector_is_computed_once_as_long_as_it_is_remembered(monkeypatch):
     assert encoder.texts(["abc", "a", "abc"]).flatten().tolist() == [3, 1, 3]
     assert encoder.pictures(images.reshape(5, 2, 8, 3)).flatten().tolist() == [0, 1, 2, 3, 4]  # of another shape
     assert encoder.model.asked == [2, 3, 2, 5]
-    monkeypatch.setattr(clip, "REMEMBERED", 3)
+    encoder.memory.most = 3
     assert encoder.pictures(images).flatten().tolist() == [0, 1, 2, 3, 4]
-    assert len(encoder.seen) == 3 and encoder.pictures(images[:2]).flatten().tolist() == [0, 1]
+    assert len(encoder.memory.known) == 3 and encoder.pictures(images[:2]).flatten().tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(("metric", "needs"), [("lpips", "torchvision"), ("fid", "torch-fidelity")])
