@@ -59,7 +59,7 @@ def test_prompts_of_different_lengths_without_the_template():
 
 def test_the_guidance_term():
     run = interp.trace(
-        "scenes", A, steps=2, guidance_scale=4.0, progress=False, interventions=[interp.RemoveText(start=0.5)]
+        tiny("sd1"), A, steps=2, guidance_scale=4.0, progress=False, interventions=[interp.RemoveText(start=0.5)]
     )
     term, noise = run.guidance, run.noise_pred
     assert term.dims == ("sample", "step", "channel", "y", "x")

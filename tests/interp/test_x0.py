@@ -85,9 +85,10 @@ def test_the_last_picture_is_the_pipelines_own():
 
 def test_on_the_command_line(tmp_path):
     path = tmp_path / "run.zarr"
-    interp.trace("scenes", A, steps=2, progress=False, store=path, capture=interp.Capture(attention=None))
+    capture = interp.Capture(attention=None)
+    interp.trace("scenes", A, steps=2, height=64, width=64, progress=False, store=path, capture=capture)
     result = CliRunner().invoke(app, ["score", str(path), "-m", "x0", "--steps", "0:2:2"])
-    assert result.exit_code == 0 and "x0: sample 1 × step 1 × height 128" in result.stdout
+    assert result.exit_code == 0 and "x0: sample 1 × step 1 × height 64" in result.stdout
 
 
 def test_messages():
