@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import torch
+
 from interp.errors import InterpError, nearest
 from interp.families import Family, find_family
 from interp.interventions import Intervention
@@ -95,7 +97,8 @@ def named_conditions(
 def samples_together(pipe: Any, batch_size: int | str) -> int:
     """Return how many samples run together."""
     if batch_size == "auto":  # wide enough to fill the device, narrow enough for a laptop's memory
-        return 16 if pipe.device.type == "cuda" else 4
+        # a pipeline looks through all its modules to say where it is
+        return 16 if torch.cuda.is_available() and pipe.device.type == "cuda" else 4
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InterpError(f"batch_size={batch_size!r}: give a whole number of samples, at least 1, or 'auto'")
     return batch_size
