@@ -146,14 +146,16 @@ def make(recipe: Recipe, settings: Settings, folder: Path, *, progress: bool = T
 def _timed(run: Run, timings: Mapping[int, float]) -> Run:
     """Write seconds a sample by batch into the attributes of `/scores`.
 
-    The first batch of a call warms up: it is left out if another of its condition was timed.
+    The first batch of a call warms up: it is left out if another of its condition was timed, and on a GPU, where that may
+    take most of its seconds, in any case.
     """
     if not timings:
         return run
     samples = run.samples.groupby("batch")
     size, condition = samples.size(), samples["condition"].first()
     first, *others = timings
-    kept = others if condition[first] in set(condition[others]) else timings
+    alone = condition[first] not in set(condition[others])
+    kept = timings if alone and run.attrs["device"] == "cpu" else others
     found = {str(b): timings[b] / int(size[b]) for b in kept}
     run.write_scores({}, {SECONDS: found})
     return run.reopened()
