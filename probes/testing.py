@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -37,6 +37,7 @@ PARTS = {  # what a run may lack, and the needs that it then does not meet
     "attention": ("attention", ()),
     "images": ("images", ()),
     "text": ("text", ()),
+    "scores": ("scores", ()),
 }
 
 
@@ -58,8 +59,8 @@ class Check:
 def check_probe(probe: Probe, make_run: Callable[..., Run] = synthetic_run, **params: Any) -> Iterator[Check]:
     """Yield the checks of a probe, with `params` passed on to it.
 
-    make_run makes the runs, with the keywords of `interp.stores.synthetic_run` (samples, heads, branches,
-    scores, omit): pass another for a probe that needs more than that gives, such as `swap_run`.
+    make_run makes the runs, with the keywords of `interp.stores.synthetic_run` (samples, heads, branches): pass
+    another for a probe that needs more than that gives, such as `swap_run`.
 
     Checked: documented keyword-only parameters with defaults; one and several samples; heads averaged and
     apart; a branch that was evaluated half of the time, or not captured at all; a run that lacks a part (an
@@ -96,8 +97,7 @@ def check_probe(probe: Probe, make_run: Callable[..., Run] = synthetic_run, **pa
     for branch in ("cond", "uncond"):
         yield Check(f"branch {branch} alone", partial(_one_branch, ask, runs, branch))
     for part in PARTS:
-        yield Check(f"without {part}", partial(_lacking, probe, runs, part, ask))
-    yield Check("without scores", lambda: _without(probe, runs(scores=False), "scores", ask))
+        yield Check(f"without {part}", partial(_lacking, probe, partial(runs, **several), part, ask))
     yield Check("labels and units", lambda: _labels(asked()))
     yield Check("same again", lambda: _same(asked(), ask(runs(**several)), exact=True))
     yield Check("dask as eager", lambda: _same(asked(), ask(_lazy(runs(**several)))))
@@ -142,12 +142,9 @@ def _one_branch(ask: Callable[[Run], xr.Dataset], runs: Callable[..., Run], bran
     _clean(lambda: _has_numbers(ask(run)))
 
 
-def _lacking(probe: Probe, runs: Callable[..., Run], part: str, ask: Callable[[Run], xr.Dataset]) -> None:
-    _without(probe, runs(omit=(part,)), part, ask)
-
-
-def _without(probe: Probe, run: Run, part: str, ask: Callable[[Run], xr.Dataset]) -> None:
-    node, names = PARTS.get(part, (part, ()))
+def _lacking(probe: Probe, whole: Callable[[], Run], part: str, ask: Callable[[Run], xr.Dataset]) -> None:
+    node, names = PARTS[part]
+    run = _stripped(whole(), node, names)
     wanted = probe.needs.get(node)
     declared = wanted is not None and (not names or wanted is True or bool({*names} & {*wanted}))
     try:
@@ -162,6 +159,14 @@ def _without(probe: Probe, run: Run, part: str, ask: Callable[[Run], xr.Dataset]
     else:
         assert not declared, f"the probe declares that it needs {node}, yet runs without {part}"
         _has_numbers(result)
+
+
+def _stripped(run: Run, node: str, names: Collection[str]) -> Run:
+    """The same run without a node, or without some of its arrays."""
+    tree = run.tree.copy()
+    if names and node in tree.children:
+        tree[node] = xr.DataTree(tree.children[node].to_dataset(inherit=False).drop_vars(names, errors="ignore"))
+    return Run(tree if names else tree.drop_nodes(node, errors="ignore"))
 
 
 def _same(one: xr.Dataset, other: xr.Dataset, *, exact: bool = False) -> None:
