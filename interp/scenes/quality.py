@@ -7,6 +7,7 @@ What it wrote for the weights that ship is `weights/quality.json`, and `card.py`
 
 import argparse
 import json
+import random
 import sys
 import time
 from dataclasses import replace
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from interp.scenes import DEFAULT_GUIDANCE, folder
 from interp.scenes.bench import Bench, stains, told
-from interp.scenes.captions import prompts
+from interp.scenes.captions import caption, prompts
 from interp.scenes.effects import exchange, parts, removal
-from interp.scenes.grammar import BACKGROUNDS, INVERSE, agreement_of, paired, parse
+from interp.scenes.grammar import BACKGROUNDS, INVERSE, Scene, agreement_of, paired, parse
 from interp.scenes.marked import Table, markdown
 from interp.scenes.scoring import to_tensor
 from interp.scenes.world import draw
@@ -48,6 +49,39 @@ def renders(bench: Bench) -> Table:
         right = [agreement_of(parse(captions[j]), s) == 1 for j, s in zip(best, drawn.scenes, strict=True)]
         found[f"CLIP, 1024-way retrieval, {name}"] = {"value": told(right)}
     return found
+
+
+def apart(bench: Bench) -> Table:
+    """Ask CLIP which of two captions is a render's: the right one, or one of nearly the same words that says something else.
+
+    Beside it, how far apart the text encoder's states of the two lie, as a part of their norm: the UNet is given nothing else.
+    """
+    drawn = draw(1024, seed=1, full=True)
+    here = [i for i, scene in enumerate(drawn.scenes) if len(scene.objects) == 2]
+    vectors = bench.scorer.picture_vectors(to_tensor(drawn.images[here]))
+    scenes = [drawn.scenes[i] for i in here]
+    found: Table = {}
+    for name, others in (
+        ("relation turned", [replace(s, relation=INVERSE[str(s.relation)]) for s in scenes]),
+        *((f"{name}s exchanged", [_exchanged(s, name) for s in scenes]) for name in ("color", "shape")),
+    ):
+        captions = [[caption(s, random.Random(0), plain=1.0) for s in said] for said in (scenes, others)]
+        right, wrong = ((vectors * bench.scorer.text_vectors(said)).sum(-1).float().cpu() for said in captions)
+        states, changed = (bench.model.read(said).embedding.float().cpu().flatten(1) for said in captions)
+        differ = np.array([a != b for a, b in zip(scenes, others, strict=True)])
+        found[name] = {
+            "told apart": told((right > wrong).numpy()[differ]),
+            "cosine, difference": told((right - wrong).numpy()[differ]),
+            "states, difference": told(((states - changed).norm(dim=1) / states.norm(dim=1)).numpy()[differ]),
+            "pictures": int(differ.sum()),
+        }
+    return found
+
+
+def _exchanged(scene: Scene, name: str) -> Scene:
+    one, other = scene.objects
+    objects = replace(one, **{name: getattr(other, name)}), replace(other, **{name: getattr(one, name)})
+    return replace(scene, objects=objects)
 
 
 def judged(bench: Bench) -> Table:
@@ -124,6 +158,7 @@ MEASURES = {
     "judged": ("The judge on held-out renders", judged),
     "generated": ("Generated pictures, by the judge", generated),
     "places": ("Two objects: axis and order", places),
+    "apart": ("Captions that CLIP tells apart", apart),
     "backgrounds": ("Backgrounds as asked", backgrounds),
     "settings": ("Steps and guidance", settings),
     "removal": ("Text removed in a part of the steps", removal),
