@@ -81,8 +81,11 @@ class TraceWork(Work):
         check_probes(self.job, self.asked.layout)
 
     def prepare(self, *, tell: bool) -> str:  # noqa: D102
-        self._check()
-        text = self.describe() if tell else ""  # to say how much memory it takes is to try it without data
+        text = ""
+        if tell:
+            text = self.describe()
+        else:  # to say how much memory it takes is to try it without data
+            self._check()
         if _free(self.store):
             create_run(self.store, self.asked.layout, locked=True).close()
             return text

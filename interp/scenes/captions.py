@@ -53,7 +53,7 @@ def caption(scene: Scene, rng: random.Random, plain: float = PLAIN_STYLE) -> str
     """Say what `scene` names, in one of many ways; `plain` is the share of short plain sentences.
 
     >>> caption(Scene((Thing("circle", "red"),), "navy"), random.Random(0), plain=1.0)
-    'a red circle on a navy background'
+    'a picture of a red circle on a navy background'
     """
     return re.sub(r"\ba (?=orange)", "an ", _said(scene, rng, plain))
 
@@ -149,8 +149,7 @@ def altered(scene: Scene, rng: random.Random) -> Scene:
         for name in ATTRIBUTES:
             one, other = getattr(a, name), getattr(b, name)
             if one != other and None not in (one, other) and scene.relation is not None:
-                swapped = (replace(a, **{name: other}), replace(b, **{name: one}))
-                changes.append(replace(scene, objects=swapped))
+                changes.append(exchanged(scene, name))
     if changes and rng.random() < 0.6:
         return rng.choice(changes)
     at, name, value = rng.choice(scene.named())
@@ -162,6 +161,16 @@ def altered(scene: Scene, rng: random.Random) -> Scene:
         return replace(scene, **change)
     objects = tuple(replace(t, **change) if i == at else t for i, t in enumerate(scene.objects))
     return replace(scene, objects=objects)
+
+
+def exchanged(scene: Scene, name: str) -> Scene:
+    """Return a scene of two objects with one attribute exchanged between them.
+
+    >>> [thing.color for thing in exchanged(Scene((Thing("circle", "red"), Thing("star", "blue"))), "color").objects]
+    ['blue', 'red']
+    """
+    a, b = scene.objects
+    return replace(scene, objects=(replace(a, **{name: getattr(b, name)}), replace(b, **{name: getattr(a, name)})))
 
 
 def prompts(n: int, objects: int = 1, seed: int = 0) -> list[str]:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from interp.scenes import DEFAULT_GUIDANCE, folder
 from interp.scenes.bench import Bench, stains, told
-from interp.scenes.captions import caption, prompts
+from interp.scenes.captions import caption, exchanged, prompts
 from interp.scenes.effects import exchange, parts, removal
-from interp.scenes.grammar import BACKGROUNDS, INVERSE, Scene, agreement_of, paired, parse
+from interp.scenes.grammar import BACKGROUNDS, INVERSE, agreement_of, paired, parse
 from interp.scenes.marked import Table, markdown
 from interp.scenes.scoring import to_tensor
 from interp.scenes.world import draw
@@ -63,7 +63,7 @@ def apart(bench: Bench) -> Table:
     found: Table = {}
     for name, others in (
         ("relation turned", [replace(s, relation=INVERSE[str(s.relation)]) for s in scenes]),
-        *((f"{name}s exchanged", [_exchanged(s, name) for s in scenes]) for name in ("color", "shape")),
+        *((f"{name}s exchanged", [exchanged(s, name) for s in scenes]) for name in ("color", "shape")),
     ):
         captions = [[caption(s, random.Random(0), plain=1.0) for s in said] for said in (scenes, others)]
         right, wrong = ((vectors * bench.scorer.text_vectors(said)).sum(-1).float().cpu() for said in captions)
@@ -76,12 +76,6 @@ def apart(bench: Bench) -> Table:
             "pictures": int(differ.sum()),
         }
     return found
-
-
-def _exchanged(scene: Scene, name: str) -> Scene:
-    one, other = scene.objects
-    objects = replace(one, **{name: getattr(other, name)}), replace(other, **{name: getattr(one, name)})
-    return replace(scene, objects=objects)
 
 
 def judged(bench: Bench) -> Table:

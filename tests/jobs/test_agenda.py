@@ -9,7 +9,7 @@ from interp.jobs.work import Outcome
 from interp.stores.chunks import batch_rows
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=8),
     workers=st.integers(1, 4),
