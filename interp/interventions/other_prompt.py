@@ -88,7 +88,7 @@ class ReplaceEOS(OtherPrompt):
             matter is the paper's appendix C.
 
     >>> ReplaceEOS("{target}", side="v", count=5)
-    ReplaceEOS(prompt='{target}', side='v', count=5)
+    ReplaceEOS(side='v', prompt='{target}', count=5)
     """
 
     align: Literal["first_eos", "position"] = "first_eos"
